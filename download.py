@@ -1,0 +1,309 @@
+"""Fetch and verify the data sets: python download.py mnist [fashion_mnist kmnist ...].
+
+A file that is there and right is left alone. Any other is fetched from the mirrors in turn into a
+temporary file beside its place, checked against its known SHA-256, and only then renamed. Nothing
+but the standard library is needed, and what is fetched is only hashed, never executed or unpickled.
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import secrets
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+TIMEOUT = 10  # seconds that connecting to an address, or waiting for the next bytes, may take
+GRACE = 30  # seconds after which a transfer must keep up
+MIN_RATE = 4096  # bytes a second on average
+RETRIES = 2  # further tries of one address after passing faults
+BACKOFF = 1  # seconds before the first of them; twice as many before each next one
+STALE = 3600  # seconds without a write after which a temporary file belongs to nobody
+CHUNK = 1 << 18  # bytes read at a time
+
+
+class DownloadError(Exception):
+    """A file is damaged, or could not be fetched or stored; the message is one line."""
+
+
+class _PassingError(DownloadError):
+    """A fault of the network or the server that is worth another try."""
+
+
+class File(NamedTuple):
+    """One file of a data set, and what it must be."""
+
+    name: str  # on the mirrors and on disk
+    size: int  # bytes of what is hashed
+    sha256: str  # of the decompressed bytes, or of the .gz itself where `packed`
+    packed: bool
+
+
+class DataSet(NamedTuple):
+    """Where the files of a data set are found, and what they must be."""
+
+    mirrors: tuple[str, ...]
+    files: tuple[File, ...]
+
+
+KINDS = ("images-idx3", "labels-idx1")
+
+
+def _files(sizes: tuple[int, ...], hashes: str, packed: bool) -> tuple[File, ...]:
+    names = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in KINDS)
+    return tuple(File(*row, packed) for row in zip(names, sizes, hashes.split(), strict=True))
+
+
+IDX_SIZES = (47040016, 60008, 7840016, 10008)
+MNIST_SHA256 = """
+    ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+    65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+    0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+    ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"""
+FASHION_SHA256 = """
+    c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
+    bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
+    5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
+    0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"""
+KMNIST_GZ_SIZES = (18165135, 29497, 3041136, 5120)
+KMNIST_GZ_SHA256 = """
+    51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4
+    e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17
+    edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5
+    20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c"""
+
+DATASETS = {
+    "mnist": DataSet(
+        (
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        ),
+        _files(IDX_SIZES, MNIST_SHA256, packed=False),
+    ),
+    "fashion_mnist": DataSet(
+        (
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+        ),
+        _files(IDX_SIZES, FASHION_SHA256, packed=False),
+    ),
+    "kmnist": DataSet(
+        ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True),
+    ),
+}
+
+
+def fetch(name: str, data_dir="data", mirror: str | None = None, report=print) -> Path:
+    """Make sure that all files of a data set are on disk and right, fetching what is not.
+
+    Args:
+        name: a key of `DATASETS`.
+        data_dir: folder that holds one folder for each data set.
+        mirror: http(s) address of a folder with the files, tried before the known mirrors.
+        report: called with each line of progress.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        DownloadError: a file could be got from no mirror, or could not be read or written.
+        ValueError: `name` is unknown or `mirror` is no http(s) address.
+    """
+    addresses = _mirrors(name, mirror)
+    folder = Path(data_dir) / name
+    _remove_stale(folder)
+    try:
+        for file in DATASETS[name].files:
+            path = folder / file.name
+            try:
+                verify(path, file)
+            except (FileNotFoundError, DownloadError) as error:
+                state = f"damaged, {error}" if isinstance(error, DownloadError) else "missing"
+                report(f"{name}: {file.name} {state}")
+                folder.mkdir(parents=True, exist_ok=True)
+                _fetch_file([base + file.name for base in addresses], path, file, report)
+            report(f"{name}: {file.name} verified (SHA-256 {file.sha256[:12]}...)")
+    except OSError as error:
+        raise DownloadError(f"{name}: {error.filename or folder}: {_one_line(error)}") from error
+    return folder
+
+
+def verify(path, file: File) -> None:
+    """Check that what is stored at `path` is `file`, byte for byte.
+
+    Reads in small pieces and stops past the expected size, so that no input can fill the memory.
+
+    Raises:
+        DownloadError: it is something else; the message has the expected SHA-256 and the one found.
+        OSError: it is missing or cannot be read.
+    """
+    digest, size, fault = hashlib.sha256(), 0, "not the right contents"
+    try:
+        with open(path, "rb") if file.packed else gzip.open(path) as stream:
+            while size <= file.size and (chunk := stream.read(CHUNK)):
+                digest.update(chunk)
+                size += len(chunk)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        fault = "not a whole gzip file"
+    else:
+        if size == file.size and digest.hexdigest() == file.sha256:
+            return
+    raise DownloadError(
+        f"{fault}: expected SHA-256 {file.sha256} ({file.size} bytes), "
+        f"got {digest.hexdigest()} ({size} bytes read)"
+    )
+
+
+def _mirrors(name: str, mirror: str | None) -> list[str]:
+    """Addresses of the folders to try for a data set, the user's own first."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
+    if mirror is None:
+        return list(DATASETS[name].mirrors)
+    parts = urllib.parse.urlsplit(mirror)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not mirror.isascii():
+        raise ValueError(f"the mirror must be an http or https address, received {mirror!r}")
+    return [mirror.rstrip("/") + "/", *DATASETS[name].mirrors]
+
+
+def _fetch_file(urls: list[str], path: Path, file: File, report) -> None:
+    """Fetch one file from the first address that has it right."""
+    faults = {}
+    for url in urls:
+        for attempt in range(RETRIES + 1):
+            time.sleep(BACKOFF * 2 ** (attempt - 1) if attempt else 0)
+            report(f"{file.name}: fetching {url}")
+            try:
+                return _fetch_url(url, path, file, report)
+            except DownloadError as error:
+                faults[url] = error
+                report(f"{file.name}: {error}")
+                if not isinstance(error, _PassingError):
+                    break
+    raise DownloadError(
+        f"{path.parent.name}: could not fetch {file.name} "
+        f"({'; '.join(f'{url}: {fault}' for url, fault in faults.items())}); by hand: get it from "
+        f"one of these addresses where there is a network, and put it at {path.absolute()}"
+    )
+
+
+def _fetch_url(url: str, path: Path, file: File, report) -> None:
+    """Put what an address sends at `path`, once it has proved right; else leave `path` alone."""
+    # However badly it compresses, gzip adds less than a thousandth and a header.
+    limit = file.size if file.packed else file.size + file.size // 1000 + 1024
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with open(temporary, "xb") as out:
+            out.writelines(_show_progress(_receive(url, limit), file.name, report))
+            out.flush()
+            os.fsync(out.fileno())
+        verify(temporary, file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _receive(url: str, limit: int):
+    """Yield the body of `url` piece by piece, each as (bytes, bytes so far, total or None)."""
+    start, done = time.monotonic(), 0
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "capsnet-download"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            total = None if length is None else int(length)
+            # read1 returns what has come, where read would wait until a chunk is full.
+            while chunk := response.read1(CHUNK):
+                if not done and chunk.lstrip().startswith(b"<"):
+                    raise DownloadError("answered with an HTML page")
+                done += len(chunk)
+                seconds = time.monotonic() - start
+                if max(done, total or 0) > limit:
+                    raise DownloadError(f"sends more than the {limit} bytes that it may have")
+                if seconds > GRACE and done < MIN_RATE * seconds:
+                    raise _PassingError(f"too slow, {done} bytes in {seconds:.0f} s")
+                yield chunk, done, total
+            if total is not None and done < total:
+                raise _PassingError(f"truncated, {done} of {total} bytes")
+    except urllib.error.HTTPError as error:
+        error.close()
+        passing = error.code >= 500 or error.code in (408, 429)
+        note = ", a redirect that leads nowhere" if 300 <= error.code < 400 else ""
+        raise (_PassingError if passing else DownloadError)(f"HTTP {error.code}{note}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        lost = (ConnectionResetError, BrokenPipeError, http.client.IncompleteRead)
+        # A time-out wrapped in a URLError is not worth a retry: no address of the host connects.
+        passing = isinstance(cause, lost) or isinstance(error, TimeoutError)
+        raise (_PassingError if passing else DownloadError)(_one_line(cause)) from None
+
+
+def _show_progress(pieces, label: str, report):
+    """Pass the bytes on and show how many: a bar on a terminal, else a line for each quarter."""
+    shown = 0
+    for chunk, done, total in pieces:
+        percent = 100 * done // total if total else 0
+        if sys.stderr.isatty() and percent > shown:
+            shown, end = percent, "\r" if done < total else "\n"
+            bar = f"{label} [{'#' * (percent // 4):25}] {percent:3}%"
+            print(bar, end=end, file=sys.stderr, flush=True)
+        elif percent // 25 > shown // 25:
+            shown = percent
+            report(f"{label}: {percent}%")
+        yield chunk
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove the temporary files that killed downloads left; a live one's is young."""
+    for old in folder.glob(".*.gz.*.part"):
+        with contextlib.suppress(OSError):  # another process may be tidying up as well
+            if time.time() - old.stat().st_mtime > STALE:
+                old.unlink()
+
+
+def _one_line(error) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
+    usage = "python download.py [--mirror=URL] [--data_dir=DIR] NAME..., each of "
+    parser = _Parser("download.py", usage + ", ".join(DATASETS), allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="data set to verify or fetch")
+    parser.add_argument("--mirror", metavar="URL", help="http(s) folder to try first")
+    parser.add_argument("--data_dir", default="data", metavar="DIR", help="default: data")
+    args = parser.parse_args(argv)
+    if not args.names:
+        parser.exit(2, parser.format_usage())
+    try:
+        for name in args.names:
+            _mirrors(name, args.mirror)
+        for name in args.names:
+            fetch(name, args.data_dir, args.mirror, lambda line: print(line, flush=True))
+    except ValueError as error:
+        parser.error(str(error))
+    except DownloadError as error:
+        print(f"{parser.prog}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
