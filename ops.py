@@ -76,34 +76,6 @@ def routing(u_hat, iterations, on_coupling=None):
     return v[:, :, 0]
 
 
-def routing_by_weights(u, weights, iterations):
-    """Procedure 1 without its votes: the same numbers from fewer bytes, for a CPU.
-
-    s_j = Σ_i c_ij W_ij u_i is one product of (c_ij u_i) with W_j, and the agreement
-    û_{j|i}·v_j = u_i·(W_ij v_j) one of v_j with W_j, so that the votes, the largest array of the
-    network, are never written. In the first iteration all c_ij are 1/J, and u itself is multiplied.
-
-    Args:
-        u: (B, I, C), the lower capsules.
-        weights: (J, I, C, D), W.
-        iterations: how often to route, at least 1.
-
-    Returns:
-        (B, J, D), the upper capsules v.
-    """
-    j, i, c, d = weights.shape
-    w = tf.reshape(weights, (j, i * c, d))
-    flat = tf.reshape(u, (1, -1, i * c))  # (1, B, IC)
-    v = squash(tf.matmul(tf.repeat(flat, j, axis=0) / j, w))  # (J, B, IC)·(J, IC, D) -> (J, B, D)
-    b = 0.0
-    for _ in range(iterations - 1):
-        back = tf.reshape(tf.matmul(v, w, transpose_b=True), (j, -1, i, c))  # W_ij v_j
-        b += tf.reduce_sum(back * u[None], axis=-1)  # (J, B, I)
-        coupled = tf.nn.softmax(b, axis=0)[..., None] * u[None]  # c_ij u_i: (J, B, I, C)
-        v = squash(tf.matmul(tf.reshape(coupled, (j, -1, i * c)), w))
-    return tf.transpose(v, (1, 0, 2))
-
-
 def margin_loss(lengths, present):
     """Eq. 4 for each image, summed over the classes.
 
@@ -406,21 +378,16 @@ class DigitCapsules(keras.layers.Layer):
     Args:
         n_capsules, dim: J and D (paper: 10 and 16).
         iterations: of routing, at least 1 (paper: 3).
-        method: "matmul" (votes and tiles, for accelerators) or "weights" (for a CPU); both compute
-            the same.
 
     Raises:
-        ValueError: fewer than one iteration, or a method that does not exist.
+        ValueError: fewer than one iteration.
     """
 
-    def __init__(self, n_capsules, dim, iterations=3, method="matmul", **kwargs):
+    def __init__(self, n_capsules, dim, iterations=3, **kwargs):
         super().__init__(**kwargs)
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1. Received: iterations={iterations}")
-        if method not in ("matmul", "weights"):
-            raise ValueError(f"method must be matmul or weights. Received: method={method!r}")
         self.n_capsules, self.dim, self.iterations = n_capsules, dim, iterations
-        self.method = method
 
     def build(self, input_shape):
         _, i, c = input_shape
@@ -432,16 +399,13 @@ class DigitCapsules(keras.layers.Layer):
 
     def call(self, u):
         """(B, I, C) -> (B, J, D)"""
-        weights = tf.convert_to_tensor(self.W)
-        if self.method == "weights":
-            return routing_by_weights(u, weights, self.iterations)
-        return routing(votes(u, weights), self.iterations)
+        return routing(votes(u, tf.convert_to_tensor(self.W)), self.iterations)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.n_capsules, self.dim)
 
     def get_config(self):
-        names = ("n_capsules", "dim", "iterations", "method")
+        names = ("n_capsules", "dim", "iterations")
         return super().get_config() | {name: getattr(self, name) for name in names}
 
 

@@ -1,0 +1,491 @@
+"""Train and examine a CapsNet (Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, 2017).
+
+Examples:
+  python main.py --train --data_deformation                      train on MNIST
+  python main.py --test --tweak_test --reconstruction_test       examine what was trained
+  python main.py --train --test --epoch=1 --train_size=6000      a quick look, in a minute or two
+  python main.py --train --validation_check                      keep the best by validation
+  python main.py --train --test --multi_MNIST                    overlapping digits
+  tensorboard --logdir=./logs                                    curves and pictures
+"""
+
+import contextlib
+import ctypes
+import datetime
+import hashlib
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+import utils
+from utils import UserError
+
+# Flags by purpose: name, default, bounds (or choices), help. The type is that of the default.
+FLAGS = {
+    "Modes (at least one; they run in this order)": [
+        ("train", False, None, "train, or go on from the last checkpoint"),
+        ("test", False, None, "accuracy and losses over all test images"),
+        ("reconstruction_test", False, None, "pictures of reconstructions, to --sample_dir"),
+        ("tweak_test", False, None, "pictures of capsules changed step by step, to --tweak_dir"),
+    ],
+    "Data": [
+        ("dataset", "mnist", tuple(utils.CLASS_NAMES), "the images"),
+        ("multi_MNIST", False, None, "two overlapping digits in each image (paper, section 6)"),
+        ("data_deformation", False, None, "shift training images by up to 2 pixels (section 5)"),
+        ("validation_check", False, None,
+         "hold out a sixth of the training images; keep, and test, the best weights by their loss"),
+        ("train_size", 0, (0, 10**9), "only the first N training images, for a quick look; 0: all"),
+        ("data_dir", "data", None, "folder of the data sets"),
+    ],
+    "Training": [
+        ("epoch", 10, (1, 10**6), "epochs in all, those already done included"),
+        ("batch_size", 64, (1, 10**5), "images in a step"),
+        ("learning_rate", 0.001, (1e-9, 10.0), "of Adam, at the first step"),
+        ("decay_rate", 0.7, (1e-6, 1.0), "factor of the learning rate over --decay_steps steps"),
+        ("decay_steps", 1000, (1, 10**9), "steps in which the learning rate falls by --decay_rate"),
+        ("reconstruction_weight", 0.0005, (0.0, 1e6), "of the summed squared pixel errors"),
+        ("seed", 0, (0, 2**31 - 1), "of the first weights, the order, the shifts and the pairs"),
+        ("save_steps", 500, (1, 10**9), "steps between checkpoints (one an epoch besides)"),
+        ("restart", False, None, "with --train: move an earlier run aside and begin anew"),
+    ],
+    "Network": [
+        ("n_conv", 256, (1, 4096), "filters of the first convolution"),
+        ("n_primary", 32, (1, 1024), "types of primary capsules"),
+        ("primary_dim", 8, (1, 1024), "dimension of a primary capsule"),
+        ("digit_dim", 16, (1, 1024), "dimension of a digit capsule"),
+        ("routing_iterations", 3, (1, 100), "iterations of dynamic routing (procedure 1)"),
+    ],
+    "Pictures": [
+        ("tweak_num", 5, (1, 100), "test digits to tweak"),
+    ],
+    "Speed": [
+        ("conv", "auto", ("auto", "direct", "dft"),
+         "convolve directly or by products of spectra; auto: dft on a CPU"),
+        ("jit", "auto", ("auto", "on", "off"),
+         "compile with XLA; auto: but for direct convolution on a CPU, which XLA does slowly"),
+    ],
+    "Folders": [
+        ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder a run"),
+        ("val_checkpoint_dir", "val_checkpoint", None, "of the best by validation"),
+        ("multi_checkpoint_dir", "multi_checkpoint", None, "of checkpoints with --multi_MNIST"),
+        ("sample_dir", "samples", None, "of pictures"),
+        ("tweak_dir", "tweak", None, "of tweaked reconstructions"),
+        ("logdir", "logs", None, "of TensorBoard events and test.json"),
+    ],
+}
+MODES = [name for name, *_ in next(iter(FLAGS.values()))]
+TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
+GRID_IMAGES = 64
+
+
+class UsageError(Exception):
+    """The command line is wrong: one line for the user, exit code 2."""
+
+
+def help_text():
+    lines = [__doc__.strip()]
+    for group, rows in FLAGS.items():
+        lines.append(f"\n{group}:")
+        for name, default, bounds, text in rows:
+            if isinstance(default, bool):
+                shown, note = f"--[no]{name}", ""
+            elif isinstance(default, str):
+                shown = f"--{name}=" + ("|".join(bounds) if bounds else default)
+                note = f" (default {default})" if bounds else ""
+            else:
+                shown, note = f"--{name}={default}", f" ({bounds[0]:g} to {bounds[1]:g})"
+            lines.append(f"  {shown:<44} {text}{note}" if len(shown) < 44
+                         else f"  {shown}\n{'':<47}{text}{note}")
+    return "\n".join(lines)
+
+
+def parse(argv):
+    """Values of the flags. Raises UsageError."""
+    values = flags.FlagValues()
+    for rows in FLAGS.values():
+        for name, default, bounds, text in rows:
+            if isinstance(default, bool):
+                flags.DEFINE_boolean(name, default, text, flag_values=values)
+            elif isinstance(default, str) and bounds:
+                flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
+            else:
+                define = {str: flags.DEFINE_string, int: flags.DEFINE_integer,
+                          float: flags.DEFINE_float}[type(default)]
+                define(name, default, text, flag_values=values)
+    try:
+        stray = values(argv)[1:]
+    except flags.Error as error:
+        raise UsageError(" ".join(str(error).split()) + "; see --help") from None
+    if stray:
+        raise UsageError(f"stray word {stray[0]!r}, expected only flags: write --flag=value, and "
+                         "--noflag to switch one off")
+    for name, default, bounds, _ in (row for rows in FLAGS.values() for row in rows):
+        value = getattr(values, name)
+        if type(default) in (int, float) and not bounds[0] <= value <= bounds[1]:  # nan: neither
+            raise UsageError(f"--{name}={value} is out of bounds, expected {bounds[0]:g} to "
+                             f"{bounds[1]:g}")
+        if isinstance(default, str) and not value:
+            raise UsageError(f"--{name} is empty, expected a name")
+    if values.restart and not values.train:
+        raise UsageError("--restart begins a training anew and needs --train")
+    if 0 < values.train_size < 6 and values.validation_check:
+        raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
+    return values
+
+
+def keep_big_buffers():
+    """Make glibc keep freed memory: handing every large buffer back costs a third of a step.
+
+    All threads share one arena, which grows by the heap alone and is not trimmed. Elsewhere than on
+    Linux with glibc nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
+    libc.mallopt(m_arena_max, 1)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 64 * 2**20)
+
+
+@contextlib.contextmanager
+def without_remarks():
+    """Keep TensorFlow's C++ remarks (no GPU here, logging not set up) off the user's terminal.
+
+    They are written straight to file descriptor 2 before any setting is read.
+    """
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
+
+
+class Display:
+    """Progress of training: a bar on a terminal, elsewhere a plain line now and then."""
+
+    PLAIN_SECONDS = 30
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
+                            TextColumn("{task.fields[text]}"), console=self.console)
+        self.task, self.printed = None, -math.inf
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def report(self, text):
+        self.console.print(text, markup=False)
+
+    def step(self, at):
+        left = datetime.timedelta(seconds=round(at["seconds_left"]))
+        head = f"Epoch {at['epoch']}/{at['epochs']} step {at['step']}/{at['last_step']}"
+        text = (f"{at['images_per_second']:.0f} images/s, {left} left, margin loss "
+                f"{at['margin_loss']:.4f}, reconstruction loss {at['reconstruction_loss']:.2f}, "
+                f"accuracy {100 * at['accuracy']:.2f}%")
+        if self.console.is_terminal:
+            if self.task is None:
+                self.task = self.bar.add_task(head, text=text, total=at["last_step"])
+            self.bar.update(self.task, description=head, text=text, completed=at["step"])
+        elif (time.monotonic() - self.printed > self.PLAIN_SECONDS
+              or at["step"] * at["epochs"] % at["last_step"] == 0):
+            self.printed = time.monotonic()
+            print(f"{head}: {text}", flush=True)
+
+
+class Run:
+    """What all modes share: the flags, the data, the network and the folders."""
+
+    def __init__(self, values, argv):
+        import tensorflow as tf
+
+        import model
+
+        self.flags, self.argv, self.library = values, argv, model
+        self.dataset = utils.load_dataset(values.dataset, values.data_dir)
+        overlap = values.multi_MNIST
+        margin = 4 if overlap else 0  # section 6
+        self.name = f"multi_{values.dataset}" if overlap else values.dataset
+        size = values.train_size or None
+        self.train_data = model.Data(
+            self.dataset.x_train[:size], self.dataset.y_train[:size], margin,
+            4 if overlap else 2 * values.data_deformation, overlap)
+        self.test_data = model.Data(
+            self.dataset.x_test, self.dataset.y_test, margin, margin, overlap)
+        folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
+        self.folders = model.Folders(*(
+            Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
+        gpu = bool(tf.config.list_physical_devices("GPU"))
+        conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
+        self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
+        tf.keras.utils.set_random_seed(values.seed)
+        try:
+            self.model = model.CapsNet(
+                self.train_data.canvas_shape(), len(self.dataset.class_names), values.n_conv,
+                values.n_primary, values.primary_dim, values.digit_dim, values.routing_iterations,
+                conv=conv)
+        except ValueError as error:
+            raise UserError(f"{values.dataset}: {error}") from None
+
+    def load(self):
+        """Restore the weights to be examined, and say which."""
+        best = self.flags.validation_check
+        folder = self.folders.best if best else self.folders.checkpoint
+        self.facts = self.library.load_weights(self.model, folder, print)
+        print(f"Weights of step {self.facts['step']} from {folder}")
+
+
+def train(run):
+    values, model = run.flags, run.library
+    if values.multi_MNIST and values.data_deformation:
+        print("--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
+              "4 pixels.")
+    data, validation = run.train_data, None
+    if values.validation_check:
+        kept, held_out = utils.split_validation(len(data.labels), values.seed)
+        data, validation = data.subset(kept), data.subset(held_out)
+    digest = hashlib.sha256(run.train_data.images.tobytes() + run.train_data.labels.tobytes())
+    facts = {name: getattr(values, name) for name in (
+        "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation")}
+    if values.multi_MNIST:
+        del facts["data_deformation"]
+    facts["data"] = digest.hexdigest()[:16]
+    how = model.Training(**{name: getattr(values, name) for name in model.Training._fields})
+    with Display() as display:
+        trainer = model.Trainer(run.model, data, validation, how, run.folders, facts, run.jit,
+                                report=display.report)
+        began = time.perf_counter()
+        trained = trainer.fit(
+            values.epoch, values.save_steps, values.restart, display.step,
+            on_resume=lambda step: display.report(f"Going on from step {step} "
+                                                  f"({run.folders.checkpoint})."),
+            texts={"flags": flag_table(values), "command": shlex.join(run.argv)})
+    if not trained:
+        done = trainer.step // trainer.steps_per_epoch
+        print(f"This run is finished: {done} epochs in {run.folders.checkpoint}. To train longer: "
+              f"--epoch={done + 10}; to begin anew: --restart.")
+        return
+    print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
+          f"{run.folders.checkpoint}.")
+    if not (values.test or values.tweak_test or values.reconstruction_test):
+        print("Next: python main.py --test --reconstruction_test --tweak_test"
+              + " --multi_MNIST" * values.multi_MNIST
+              + " --validation_check" * values.validation_check)
+
+
+def flag_table(values):
+    return "\n".join(["| flag | value |", "|---|---|"]
+                     + [f"| {name} | {value} |" for name, value in flag_values(values).items()])
+
+
+def flag_values(values):
+    return {name: getattr(values, name) for rows in FLAGS.values() for name, *_ in rows}
+
+
+def test(run):
+    import keras
+    import tensorflow as tf
+
+    data, names = run.test_data, run.dataset.class_names
+    plan = data.evaluation_plan()
+    compiled = run.library.compile_forward(run.model, data, run.jit)
+    first = plan._replace(index=plan.index[:run.library.EVALUATION_BATCH],
+                          shift=plan.shift[:run.library.EVALUATION_BATCH])
+    run.library.evaluate(compiled, data, first)  # compiles, so that the speed below is without
+    began = time.perf_counter()
+    found = run.library.evaluate(compiled, data, plan)
+    seconds = time.perf_counter() - began
+    labels, predictions, correct = found["labels"], found["predictions"], found["correct"]
+    wrong = int(np.sum(~correct))
+    # A digit counts as found if its class is among the predicted ones.
+    hit = (labels[:, :, None] == predictions[:, None]).any(axis=2)
+    per_class = {name: float(hit[labels == number].mean()) if (labels == number).any() else None
+                 for number, name in enumerate(names)}
+    total = found["margin_loss"] + run.flags.reconstruction_weight * found["reconstruction_loss"]
+    result = {
+        "accuracy": found["accuracy"], "error_percent": 100 * wrong / len(correct),
+        "wrong": wrong, "images": len(correct), "digit_accuracy": float(hit.mean()),
+        "margin_loss": found["margin_loss"], "reconstruction_loss": found["reconstruction_loss"],
+        "total_loss": total, "accuracy_per_class": per_class,
+        "images_per_second": len(correct) / seconds, "dataset": run.name,
+        "checkpoint_step": run.facts["step"], "seed": run.facts["training"]["seed"],
+        "training": run.facts["training"], "flags": flag_values(run.flags),
+        "command": shlex.join(run.argv),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
+                     "keras": keras.__version__, "numpy": np.__version__},
+    }
+    digits = f" (both digits right; of single digits {100 * hit.mean():.2f}%)"
+    print(f"Test accuracy {100 * found['accuracy']:.2f}%{digits * data.overlap}, error "
+          f"{result['error_percent']:.2f}%, {wrong} of {len(correct)} wrong")
+    print(f"Margin loss {found['margin_loss']:.5f}, reconstruction loss "
+          f"{found['reconstruction_loss']:.3f}, total {total:.5f}; "
+          f"{result['images_per_second']:.0f} images/s")
+    print("Accuracy per class: " + ", ".join(
+        f"{name} {100 * share:.2f}%" for name, share in per_class.items() if share is not None))
+    utils.write_json(run.folders.logs / "test.json", result)
+    samples = Path(run.flags.sample_dir)
+    written = [run.folders.logs / "test.json"]
+    if data.overlap:
+        written.append(save_multi_sheet(run, plan, found))
+    else:
+        written += [samples / "confusion_matrix.png", samples / "misclassified.png"]
+        matrix = utils.confusion_matrix(labels[:, 0], predictions[:, 0], len(names))
+        utils.save_confusion_matrix(written[1], matrix, names)
+        utils.save_misclassified(
+            written[2], data.images[plan.index[:, 0]][~correct], labels[~correct, 0],
+            predictions[~correct, 0], found["lengths"][~correct], names)
+    say_written(written)
+
+
+def save_multi_sheet(run, plan, found):
+    """Figure 5 of the paper: of the first pairs some right ones, then some wrong ones."""
+    right, wrong = (np.flatnonzero(found["correct"] == value) for value in (True, False))
+    chosen = np.concatenate([right[:14], wrong[:6]])
+    seen = examine(run, run.test_data, chosen, plan)
+    path = Path(run.flags.sample_dir) / "multi_MNIST.png"
+    utils.save_multi(path, seen["canvas"], seen["without_label"], found["labels"][chosen],
+                     found["predictions"][chosen], run.dataset.class_names)
+    return path
+
+
+def examine(run, data, chosen, plan=None):
+    """`model.examine` of the examples with these numbers in the plan of the test, as arrays."""
+    plan = data.evaluation_plan() if plan is None else plan
+    plan = plan._replace(index=plan.index[chosen], shift=plan.shift[chosen])
+    batch = next(iter(run.library.batches(data, plan, len(plan.index))))
+    seen = run.library.examine(run.model, data, batch)
+    return {name: value.numpy() for name, value in seen.items()} | {"labels": batch[2].numpy()}
+
+
+def reconstruction_test(run):
+    data, names = run.test_data, run.dataset.class_names
+    count = min(GRID_IMAGES, len(data.labels))
+    seen = examine(run, data, np.arange(count))
+    # Two overlapping digits are shown as they were laid over each other.
+    with_label, without = (np.minimum(seen[name].sum(axis=1), 1)
+                           for name in ("with_label", "without_label"))
+    folder = Path(run.flags.sample_dir)
+    grids = {"samples_arrange": seen["canvas"], "recon_samples_with_label_arrange": with_label,
+             "recon_samples_without_label_arrange": without}
+    for name, images in grids.items():
+        utils.save_grid(folder / f"{name}.png", images)
+
+    def spell(classes):  # (B, K) -> one class for each image; a pair is a class of its own
+        return ["+".join(names[c] for c in sorted(row)) for row in classes]
+
+    true, guessed = spell(seen["labels"]), spell(seen["predictions"])
+    spelled = sorted({*true, *guessed})
+    utils.save_reconstructions(
+        folder / "reconstruction.png", seen["canvas"], with_label, without,
+        np.array([spelled.index(c) for c in true]), np.array([spelled.index(c) for c in guessed]),
+        spelled)
+    say_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
+
+
+def tweak_test(run):
+    data, names, folder = run.test_data, run.dataset.class_names, Path(run.flags.tweak_dir)
+    count = min(run.flags.tweak_num, len(data.labels))
+    seen = examine(run, data, np.arange(count))
+    capsules, chosen = seen["capsules"], seen["predictions"][:, 0]
+    dims = capsules.shape[-1]
+    # (digits, dimensions, steps, J, D): the chosen capsule, one dimension of it moved.
+    moved = np.broadcast_to(
+        capsules[:, None, None], (count, dims, len(TWEAKS), *capsules.shape[1:])).copy()
+    for digit, dim in np.ndindex(count, dims):
+        moved[digit, dim, :, chosen[digit], dim] += TWEAKS
+    mask = np.eye(capsules.shape[1], dtype=np.float32)[chosen]
+    mask = np.repeat(mask, dims * len(TWEAKS), axis=0)[:, None]
+    decoded = run.model.decoder(moved.reshape(-1, *capsules.shape[1:]), mask).numpy()
+    decoded = decoded.reshape(count, dims, len(TWEAKS), *decoded.shape[2:])
+    for dim in range(dims):
+        utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded[:, dim], TWEAKS, dim,
+                         [names[c] for c in chosen])
+    utils.save_tweak_overview(folder / "overview.png", decoded[0], TWEAKS, names[chosen[0]])
+    say_written([folder / f"tweak_result_0.png … _{dims - 1}.png", folder / "overview.png"])
+
+
+def say_written(paths):
+    print("Wrote " + ", ".join(str(path) for path in paths))
+
+
+def main(argv):
+    """Run the command line (argv[0] is the program) and return its exit code."""
+    try:
+        if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+            print(help_text())
+            return 0
+        values = parse(argv)
+        modes = [name for name in MODES if getattr(values, name)]
+        if not modes:
+            print("Nothing to do: give one or more of " + ", ".join(f"--{m}" for m in MODES)
+                  + ".\n" + __doc__.strip().split("\n\n", 1)[1] + "\nAll flags: --help",
+                  file=sys.stderr)
+            return 2
+        return run_modes(values, argv, modes)
+    except UsageError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run_modes(values, argv, modes):
+    keep_big_buffers()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with without_remarks():
+        import tensorflow as tf
+
+        from model import Interrupted
+
+        tf.config.list_physical_devices()
+
+    try:
+        run = Run(values, argv)
+        if values.train:
+            train(run)
+        if modes != ["train"]:
+            run.load()
+        for mode in (test, reconstruction_test, tweak_test):
+            if mode.__name__ in modes:
+                mode(run)
+        return 0
+    except Interrupted as stop:
+        print("Stopped, and saved. To go on: the same command again.", file=sys.stderr)
+        return 128 + stop.args[0]
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"main.py: {place}{error.strerror or error}; choose another folder, or make this one "
+              "writable", file=sys.stderr)
+    except tf.errors.OpError as error:
+        print("main.py: " + " ".join(str(error.message).split())[:300], file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

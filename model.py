@@ -1,0 +1,652 @@
+"""The network of the paper and the loop that trains it."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import ops
+from utils import Plan, UserError, evaluation_plan, image_grid, training_plan
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there two trainings in one folder are not noticed
+    fcntl = None
+
+KEPT_CHECKPOINTS = 2
+EVALUATION_BATCH = 128
+EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
+READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, UnicodeDecodeError)
+
+
+@ops.register
+class CapsNet(keras.Model):
+    """Conv → primary capsules → routed digit capsules → masked decoder (section 4, figures 1, 2).
+
+    Args:
+        image_shape: (H, W, C) of the images.
+        n_classes: J, one digit capsule for each.
+        n_conv: filters of the first convolution.
+        n_primary, primary_dim: types of primary capsules and their dimension.
+        digit_dim: dimension of the digit capsules.
+        routing_iterations: of procedure 1.
+        kernel_size: pixels, of both convolutions.
+        decoder_units: widths of the decoder's hidden layers.
+        conv: "direct" or "dft", how both convolutions are computed (see `ops.Convolution`).
+
+    Raises:
+        ValueError: the image is too small for two convolutions.
+    """
+
+    def __init__(self, image_shape, n_classes, n_conv=256, n_primary=32, primary_dim=8,
+                 digit_dim=16, routing_iterations=3, kernel_size=9, decoder_units=(512, 1024),
+                 conv="direct", **kwargs):
+        super().__init__(**kwargs)
+        smallest = 2 * kernel_size - 1
+        if min(image_shape[:2]) < smallest:
+            raise ValueError(f"two {kernel_size}×{kernel_size} convolutions need images of at least"
+                             f" {smallest}×{smallest} pixels. Received: image_shape={image_shape}")
+        self.settings = {
+            "image_shape": tuple(image_shape), "n_classes": n_classes, "n_conv": n_conv,
+            "n_primary": n_primary, "primary_dim": primary_dim, "digit_dim": digit_dim,
+            "routing_iterations": routing_iterations, "kernel_size": kernel_size,
+            "decoder_units": tuple(decoder_units), "conv": conv,
+        }
+        self.conv1 = ops.Convolution(n_conv, kernel_size, relu=True, method=conv, name="conv1")
+        self.primary = ops.PrimaryCapsules(n_primary, primary_dim, kernel_size, method=conv,
+                                           name="primary_capsules")
+        self.digits = ops.DigitCapsules(n_classes, digit_dim, routing_iterations,
+                                        name="digit_capsules")
+        self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder")
+        shape = (None, *image_shape)
+        for layer in (self.conv1, self.primary, self.digits, self.decoder):
+            layer.build(shape)
+            shape = layer.compute_output_shape(shape)
+        self.built = True
+
+    def capsules(self, images, spectra=(None, None)):
+        """The digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
+        return self.digits(self.primary(self.conv1(images, spectra[0]), spectra[1]))
+
+    def spectra(self):
+        """The transformed kernels, which `capsules` takes when the weights rest."""
+        return self.conv1.spectrum(), self.primary.spectrum()
+
+    def call(self, images):
+        """(B, H, W, C) -> lengths (B, J) and capsules (B, J, D)."""
+        capsules = self.capsules(images)
+        return ops.length(capsules), capsules
+
+    def get_config(self):
+        return super().get_config() | self.settings
+
+
+class Data(NamedTuple):
+    """Images and how they are composed: what the Trainer needs of a data set or a part of it."""
+
+    images: np.ndarray  # (N, H, W, C) uint8
+    labels: np.ndarray  # (N,)
+    margin: int = 0  # pixels of canvas around a digit
+    max_shift: int = 0  # pixels, drawn for each digit
+    overlap: bool = False  # two digits laid over each other
+
+    def canvas_shape(self):
+        _, height, width, channels = self.images.shape
+        return (height + 2 * self.margin, width + 2 * self.margin, channels)
+
+    def subset(self, indices):
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
+
+    def training_plan(self, seed, epoch):
+        return training_plan(self.labels, seed, epoch, self.max_shift, self.overlap)
+
+    def evaluation_plan(self, pairs_per_image=1):
+        return evaluation_plan(self.labels, self.max_shift, self.overlap, pairs_per_image)
+
+
+def batches(data, plan, batch_size, start=0):
+    """The batches of a plan from number `start` on, prepared ahead of their use.
+
+    The last one is filled up with images of weight zero, so that all have one shape; the weights of
+    the others are 1 / their number, so that a weighted sum is the mean, on however many replicas.
+
+    Returns:
+        tf.data.Dataset of (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K),
+        weight (B,)).
+    """
+    n = len(plan.index)
+    missing = -n % batch_size
+    plan = Plan(*(np.concatenate([a, np.repeat(a[:1], missing, axis=0)]) for a in plan))
+    weight = np.full(n + missing, 1 / batch_size, np.float32)
+    weight[n - n % batch_size : n] = 1 / max(n % batch_size, 1)
+    weight[n:] = 0
+    with tf.device("cpu"):
+        images, labels = tf.constant(data.images), tf.constant(data.labels)
+
+    def gather(index, shift, weight):
+        return tf.gather(images, index), shift, tf.gather(labels, index), weight
+
+    rows = tuple(a[start * batch_size :] for a in (*plan, weight))
+    return tf.data.Dataset.from_tensor_slices(rows).batch(batch_size).map(gather).prefetch(2)
+
+
+def examine(model, data, batch, spectra=(None, None)):
+    """Everything the network says of a batch.
+
+    Returns:
+        dict: canvas (B, H, W, C), digits (B, K, H, W, C), capsules (B, J, D), lengths (B, J),
+        predictions (B, K), with_label and without_label, the reconstructions (B, K, H, W, C) with
+        the mask of the labels and with that of the longest capsules, margin and reconstruction,
+        the losses (B,), and correct (B,), whether exactly the labels' capsules are the longest.
+    """
+    digits, shift, labels, _ = batch
+    canvas, shifted = ops.compose(digits, shift, data.margin)
+    capsules = model.capsules(canvas, spectra)
+    lengths = ops.length(capsules)
+    predictions = ops.longest(lengths, labels.shape[1])
+    mask = ops.label_mask(labels, lengths.shape[1])
+    guess = ops.label_mask(predictions, lengths.shape[1])
+    present = tf.reduce_max(mask, axis=1)
+    with_label = model.decoder(capsules, mask)
+    return {
+        "canvas": canvas, "digits": shifted, "capsules": capsules, "lengths": lengths,
+        "predictions": predictions, "with_label": with_label,
+        "without_label": model.decoder(capsules, guess),
+        "margin": ops.margin_loss(lengths, present),
+        "reconstruction": ops.reconstruction_loss(shifted, with_label),
+        "correct": tf.reduce_all(tf.reduce_max(guess, axis=1) == present, axis=1),
+    }
+
+
+def compile_forward(model, data, jit):
+    """batch -> what `evaluate` keeps of `examine`, compiled; kernels are transformed beforehand."""
+
+    @tf.function(jit_compile=jit, autograph=False)
+    def forward(batch, spectra):
+        seen = examine(model, data, batch, spectra)
+        return {name: seen[name] for name in EVALUATED}
+
+    return forward, tf.function(model.spectra, jit_compile=jit, autograph=False)
+
+
+def evaluate(compiled, data, plan, on_batch=None):
+    """Lengths, predictions and losses of all examples of a plan, every one counted once.
+
+    Args:
+        compiled: of `compile_forward`.
+        data, plan: Data and a Plan for it.
+        on_batch: called with how many examples are done, and of how many.
+
+    Returns:
+        dict: lengths (N, J), predictions (N, K), labels (N, K), correct (N,) and the means
+        margin_loss, reconstruction_loss and accuracy.
+    """
+    forward, spectra_of = compiled
+    size, n, spectra = min(EVALUATION_BATCH, len(plan.index)), len(plan.index), spectra_of()
+    parts = []
+    for batch in batches(data, plan, size):
+        parts.append({name: part.numpy() for name, part in forward(batch, spectra).items()})
+        if on_batch:
+            on_batch(min(len(parts) * size, n), n)
+    whole = {name: np.concatenate([part[name] for part in parts])[:n] for name in EVALUATED}
+    return {
+        "lengths": whole["lengths"], "predictions": whole["predictions"],
+        "labels": data.labels[plan.index], "correct": whole["correct"],
+        "margin_loss": float(whole["margin"].mean(dtype=np.float64)),
+        "reconstruction_loss": float(whole["reconstruction"].mean(dtype=np.float64)),
+        "accuracy": float(whole["correct"].mean()),
+    }
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+
+def saved_steps(folder):
+    """Steps of the checkpoints in a folder, the newest first."""
+    found = (re.fullmatch(r"ckpt-(\d+)\.index", path.name) for path in Path(folder).glob("ckpt-*"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def read_facts(folder, step):
+    """The facts (JSON) that a checkpoint was saved with. Raises READ_ERRORS if it is damaged."""
+    reader = tf.train.load_checkpoint(str(Path(folder) / f"ckpt-{step}"))
+    return json.loads(reader.get_tensor("facts/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def newest_readable(folder, read, report):
+    """What `read(step)` gives for the newest checkpoint that is whole, and its step.
+
+    Returns:
+        (None, None) if there is no checkpoint.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    steps = saved_steps(folder)
+    for step in steps:
+        try:
+            return read(step), step
+        except READ_ERRORS:
+            report(f"Checkpoint {folder}/ckpt-{step} is damaged; trying the one before.")
+    if steps:
+        raise UserError(f"{folder}: every checkpoint is damaged, expected a whole one; "
+                        "train again with --train --restart")
+    return None, None
+
+
+def differences(old, new):
+    """Names of the entries in which two dicts differ, with both values."""
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    return ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here"
+                     for name in sorted(old | new) if old.get(name) != new.get(name))
+
+
+def shape_of(model):
+    """What must agree for weights to fit, and nothing that does not matter for it."""
+    return {name: value for name, value in model.settings.items() if name != "conv"}
+
+
+def load_weights(model, folder, report):
+    """Restore the newest whole checkpoint of a folder and return its facts.
+
+    Raises:
+        UserError: there is none, all are damaged, or it is of another network.
+    """
+
+    def read(step):
+        facts = read_facts(folder, step)
+        differing = differences(facts["shape"], shape_of(model))
+        if differing:
+            raise UserError(f"{folder}/ckpt-{step} holds another network: {differing}; give the "
+                            "flags that it was trained with, or another folder")
+        _restore(tf.train.Checkpoint(weights=_by_path(model.variables)), folder, step)
+        return facts
+
+    facts, _ = newest_readable(folder, read, report)
+    if facts is None:
+        raise UserError(f"no checkpoint in {folder}; train first (add --train), or name the folder "
+                        "of a trained network")
+    return facts
+
+
+def _by_path(variables):
+    return {v.path: v.value for v in variables}
+
+
+def _restore(checkpoint, folder, step):
+    status = checkpoint.read(str(Path(folder) / f"ckpt-{step}"))
+    status.assert_existing_objects_matched()
+    status.expect_partial()
+
+
+def cut_events(folder, last_step):
+    """Drop what event files say of steps after `last_step`, and a half-written end."""
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        kept, whole = [], True
+        try:
+            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                if tf.compat.v1.Event.FromString(record).step <= last_step:
+                    kept.append(record)
+                else:
+                    whole = False
+        except tf.errors.DataLossError:  # a kill in mid-write
+            whole = False
+        if not kept:
+            path.unlink()
+        elif not whole:
+            temporary = path.with_name(f".{path.name}")
+            with tf.io.TFRecordWriter(str(temporary)) as writer:
+                for record in kept:
+                    writer.write(record)
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def only_one(folder):
+    """Keep a second training out of a folder; the system frees the lock of a process that ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another training runs in {folder}; wait for it, or give another "
+                                "--checkpoint_dir") from None
+        yield
+
+
+def move_aside(folders):
+    """Rename the folders that exist to the first free ….1, ….2, … and return that ending."""
+    number = 1
+    while any(folder.with_name(f"{folder.name}.{number}").exists() for folder in folders):
+        number += 1
+    for folder in folders:
+        if folder.exists():
+            folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    return f".{number}"
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A signal asked the training to stop, and it has saved; args: the signal's number."""
+
+
+class Training(NamedTuple):
+    """How to train: what a run must share with the one that it continues."""
+
+    seed: int = 0
+    batch_size: int = 64
+    learning_rate: float = 0.001
+    decay_rate: float = 0.7
+    decay_steps: int = 1000
+    reconstruction_weight: float = 0.0005
+
+
+class Folders(NamedTuple):
+    """Where a run keeps what it writes; each is its own, named for the run."""
+
+    checkpoint: Path
+    best: Path
+    logs: Path
+
+
+class Trainer:
+    """Trains a CapsNet; see `fit`.
+
+    Args:
+        model: CapsNet.
+        data: Data to train on.
+        validation: Data to choose the best weights by, or None.
+        how: Training.
+        folders: Folders.
+        facts: what else a continued run must share with its beginning (flags' names and values).
+        jit: whether XLA compiles the step.
+        strategy: tf.distribute.Strategy, or None for the present one.
+        report: takes a line of text for the user.
+    """
+
+    def __init__(self, model, data, validation, how, folders, facts, jit=True, strategy=None,
+                 report=print):
+        self.model, self.data, self.validation, self.how = model, data, validation, how
+        self.folders, self.jit, self.report = folders, jit, report
+        self.strategy = strategy or tf.distribute.get_strategy()
+        self.steps_per_epoch = math.ceil(len(data.labels) / how.batch_size)
+        self.facts = {"shape": shape_of(model), "training": how._asdict() | facts}
+        schedule = keras.optimizers.schedules.ExponentialDecay(
+            how.learning_rate, how.decay_steps, how.decay_rate)
+        with self.strategy.scope():
+            self.optimizer = keras.optimizers.Adam(schedule)
+            self.optimizer.build(model.trainable_variables)
+        self.step = 0  # how many are done
+        self.sums = np.zeros(4)  # margin, reconstruction, correct and images of this epoch so far
+        self.best = math.inf  # the lowest validation loss
+        self.restored = None  # the step of the checkpoint that training went on from
+        self._state = {name: tf.Variable(value) for name, value in self._host_state(0).items()}
+        self._checkpoint = tf.train.Checkpoint(
+            weights=_by_path(model.variables), optimizer=_by_path(self.optimizer.variables),
+            **self._state)
+        self._stop_signal = None
+        self._train_step = self._compile()
+        self._validate = validation and compile_forward(model, validation, jit)
+
+    def _compile(self):
+        """batch -> (margin loss, reconstruction loss, accuracy), after one step of the optimizer.
+
+        On one replica the step is one program; on several the optimizer, which has to add up
+        gradients between them, runs beside the compiled gradients.
+        """
+        variables = self.model.trainable_variables
+
+        def gradients(batch):
+            digits, shift, labels, weight = batch
+            with tf.GradientTape() as tape:
+                seen = examine(self.model, self.data, batch)
+                margin, reconstruction, correct = (
+                    tf.reduce_sum(weight * tf.cast(seen[name], tf.float32))
+                    for name in ("margin", "reconstruction", "correct"))
+                loss = margin + self.how.reconstruction_weight * reconstruction
+            values = [v.value for v in variables]
+            return tape.gradient(loss, values), tf.stack([margin, reconstruction, correct])
+
+        alone = self.strategy.num_replicas_in_sync == 1
+        compiled = tf.function(gradients, jit_compile=self.jit and not alone, autograph=False)
+
+        def step(batch):
+            found, metrics = compiled(batch)
+            self.optimizer.apply(found, variables)
+            return metrics
+
+        if alone:
+            return tf.function(step, jit_compile=self.jit, autograph=False)
+        return tf.function(lambda batch: self.strategy.reduce(
+            "sum", self.strategy.run(step, (batch,)), axis=None), autograph=False)
+
+    # What a checkpoint holds besides weights and the optimizer's variables.
+
+    def _host_state(self, last_step):
+        facts = self.facts | {"step": self.step, "last_step": last_step}
+        return {"facts": json.dumps(facts), "sums": np.asarray(self.sums, np.float64),
+                "best": np.float64(self.best), "step": np.int64(self.step)}
+
+    def save(self, last_step):
+        """Write a checkpoint beside the older ones, then drop the oldest."""
+        for writer in self._writers.values():
+            writer.flush()
+        self._write(self._manager, last_step)
+
+    def _write(self, manager, last_step):
+        for name, value in self._host_state(last_step).items():
+            self._state[name].assign(value)
+        try:
+            manager.save(checkpoint_number=self.step, check_interval=False)
+        except (tf.errors.OpError, OSError) as error:
+            raise UserError(f"cannot save to {manager.directory}: {str(error).splitlines()[0]}; the "
+                            "checkpoints there are as they were: make room and run the same "
+                            "command again") from error
+
+    def _open_manager(self, folder, keep, good):
+        """A CheckpointManager that knows the checkpoint `good`; all that is not whole goes."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        older = [s for s in reversed(saved_steps(folder)) if good is not None and s <= good]
+        for path in folder.glob("ckpt-*"):
+            if not any(re.fullmatch(rf"ckpt-{s}\.(index|data-.*)", path.name) for s in older):
+                # Left by a kill in mid-save, or found damaged.
+                for part in (path, *path.rglob("*")):
+                    part.is_file() and part.unlink()
+                path.is_dir() and path.rmdir()
+        if older:
+            names = [str(folder / f"ckpt-{s}") for s in older]
+            tf.train.update_checkpoint_state(str(folder), names[-1], names)
+        return tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=keep)
+
+    def resume(self, restart=False):
+        """Restore the newest whole checkpoint, if there is one of this run.
+
+        Raises:
+            UserError: an unfinished run of other settings is there.
+        """
+        folder = self.folders.checkpoint
+
+        def read(step):
+            facts = read_facts(folder, step)
+            differing = differences(
+                facts["shape"] | facts["training"], self.facts["shape"] | self.facts["training"])
+            if restart or differing:
+                return facts, differing
+            _restore(self._checkpoint, folder, step)
+            return facts, None
+
+        found, step = (None, None)
+        if not (restart and saved_steps(folder)):
+            found, step = newest_readable(folder, read, self.report)
+            facts, differing = found or (None, None)
+            if differing and facts["step"] < facts["last_step"]:
+                raise UserError(f"{folder} holds an unfinished run (step {facts['step']} of "
+                                f"{facts['last_step']}) of other settings: {differing}; give the "
+                                "same flags, or --restart to move it aside, or another "
+                                "--checkpoint_dir")
+        if (restart and saved_steps(folder)) or (found and found[1]):
+            ending = move_aside(self.folders)
+            self.report(f"Moved the earlier run aside: {folder}{ending}, {self.folders.logs}{ending}")
+            step = None
+        if step is None:
+            return
+        self.step = self.restored = int(self._state["step"].numpy())
+        self.sums = self._state["sums"].numpy()
+        self.best = float(self._state["best"].numpy())
+
+    def _learning_rate(self):
+        how = self.how
+        return how.learning_rate * how.decay_rate ** ((self.step - 1) / how.decay_steps)
+
+    def fit(self, epochs, save_steps=500, restart=False, on_step=None,
+            on_resume=None, texts=None):
+        """Train until `epochs` epochs are done, from the last checkpoint if there is one.
+
+        Args:
+            epochs: in all, those of earlier calls included.
+            save_steps: steps between checkpoints; one is written after each epoch as well.
+            restart: move an earlier run aside and begin.
+            on_step: called after each step with a dict of progress.
+            on_resume: called with the step of the checkpoint that training goes on from.
+            texts: dict of name to text for TensorBoard.
+
+        Returns:
+            False if all epochs were done before.
+
+        Raises:
+            UserError: see `resume`; a loss that is not finite; a folder that cannot be written.
+            Interrupted: a signal came; the state is saved.
+        """
+        with only_one(self.folders.checkpoint), self._signals():
+            self.resume(restart)
+            last_step = epochs * self.steps_per_epoch
+            if self.step >= last_step:
+                return False
+            if self.restored and on_resume:
+                on_resume(self.restored)
+            self._manager = self._open_manager(
+                self.folders.checkpoint, KEPT_CHECKPOINTS, self.restored)
+            self._best_manager = None
+            if self.validation:
+                newest = next(iter(saved_steps(self.folders.best)), None)
+                self._best_manager = self._open_manager(self.folders.best, 1, newest)
+            self._writers = {}
+            for name in ("train", "validation") if self.validation else ("train",):
+                # Before the first checkpoint there is nothing that a new beginning would not repeat.
+                cut_events(self.folders.logs / name, -1 if self.restored is None else self.step)
+                self._writers[name] = tf.summary.create_file_writer(str(self.folders.logs / name))
+            if self.step == 0:
+                with self._writers["train"].as_default(step=0):
+                    for name, text in (texts or {}).items():
+                        tf.summary.text(name, text)
+            try:
+                while self.step < last_step:
+                    self._train_epoch(last_step, save_steps, on_step)
+            finally:
+                for writer in self._writers.values():
+                    writer.close()
+            return True
+
+    def _train_epoch(self, last_step, save_steps, on_step):
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        plan = self.data.training_plan(self.how.seed, epoch)
+        size, n = self.how.batch_size, len(plan.index)
+        began = time.perf_counter()
+        for number, batch in enumerate(batches(self.data, plan, size, start), start):
+            metrics = self._train_step(batch).numpy().astype(np.float64)
+            self.step += 1
+            if not np.isfinite(metrics).all():
+                raise UserError(f"the loss is not finite at step {self.step} (margin {metrics[0]}, "
+                                f"reconstruction {metrics[1]}); the checkpoints before it are kept:"
+                                " try a lower --learning_rate")
+            images = min(size, n - number * size)
+            self.sums += np.append(metrics, 1) * images
+            self._log_step(metrics)
+            if on_step:
+                speed = ((number + 1 - start) * size) / (time.perf_counter() - began)
+                means = self.sums / self.sums[3]
+                on_step({"epoch": epoch + 1, "epochs": -(-last_step // self.steps_per_epoch),
+                         "step": self.step, "last_step": last_step, "images_per_second": speed,
+                         "seconds_left": (last_step - self.step) * size / speed,
+                         "margin_loss": means[0], "reconstruction_loss": means[1],
+                         "accuracy": means[2]})
+            if number + 1 == self.steps_per_epoch:
+                self._end_epoch(last_step)
+            if (self._stop_signal or number + 1 == self.steps_per_epoch
+                    or self.step % save_steps == 0):
+                self.save(last_step)
+            if self._stop_signal:
+                raise Interrupted(self._stop_signal)
+
+    def _log_step(self, metrics):
+        margin, reconstruction, accuracy = metrics
+        with self._writers["train"].as_default(step=self.step):
+            self._scalars(margin, reconstruction, accuracy)
+            tf.summary.scalar("learning_rate", self._learning_rate())
+
+    def _scalars(self, margin, reconstruction, accuracy):
+        total = margin + self.how.reconstruction_weight * reconstruction
+        tf.summary.scalar("loss/total", total)
+        tf.summary.scalar("loss/margin", margin)
+        tf.summary.scalar("loss/reconstruction", reconstruction)
+        tf.summary.scalar("accuracy", accuracy)
+        return total
+
+    def _end_epoch(self, last_step):
+        """Pictures, validation, and the best weights so far; all before the epoch's checkpoint."""
+        data = self.validation or self.data
+        plan = Plan(*(part[:32] for part in data.evaluation_plan()))
+        seen = examine(self.model, data, next(iter(batches(data, plan, len(plan.index)))))
+        pairs = np.stack([seen["canvas"], np.max(seen["with_label"], axis=1)], axis=1)
+        rows = [np.concatenate(list(pair), axis=0) for pair in pairs]  # an input over its image
+        with self._writers["train"].as_default(step=self.step):
+            tf.summary.image("inputs over reconstructions", image_grid(np.stack(rows))[None])
+        self.sums = np.zeros(4)
+        if not self.validation:
+            return
+        found = evaluate(self._validate, data, data.evaluation_plan())
+        with self._writers["validation"].as_default(step=self.step):
+            loss = self._scalars(
+                found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
+        improved = loss < self.best
+        self.report(f"Validation after step {self.step}: loss {loss:.5f}, "
+                    f"accuracy {100 * found['accuracy']:.2f}%" + (", the best so far" * improved))
+        if improved:
+            self.best = loss
+            self._write(self._best_manager, last_step)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM and Ctrl-C stop after the running step; a second one at once."""
+        self._stop_signal, previous = None, {}
+
+        def note(number, frame):
+            self._stop_signal = number
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                previous[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
