@@ -10,7 +10,6 @@ Examples:
 """
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import math
@@ -138,22 +137,6 @@ def parse(argv):
     if 0 < values.train_size < 6 and values.validation_check:
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
     return values
-
-
-def keep_big_buffers():
-    """Make glibc keep freed memory: handing every large buffer back costs a third of a step.
-
-    All threads share one arena, which grows by the heap alone and is not trimmed. Elsewhere than on
-    Linux with glibc nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
-    libc.mallopt(m_arena_max, 1)
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_top_pad, 64 * 2**20)
 
 
 @contextlib.contextmanager
@@ -451,7 +434,7 @@ def main(argv):
 
 
 def run_modes(values, argv, modes):
-    keep_big_buffers()
+    utils.keep_big_buffers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with without_remarks():
         import tensorflow as tf

@@ -402,7 +402,7 @@ class Trainer:
             weights=_by_path(model.variables), optimizer=_by_path(self.optimizer.variables),
             **self._state)
         self._stop_signal = None
-        self._train_step = self._compile()
+        self.train_step = self._compile()  # batch -> margin loss, reconstruction loss, accuracy
         self._validate = validation and compile_forward(model, validation, jit)
 
     def _compile(self):
@@ -571,7 +571,7 @@ class Trainer:
         size, n = self.how.batch_size, len(plan.index)
         began = time.perf_counter()
         for number, batch in enumerate(batches(self.data, plan, size, start), start):
-            metrics = self._train_step(batch).numpy().astype(np.float64)
+            metrics = self.train_step(batch).numpy().astype(np.float64)
             self.step += 1
             if not np.isfinite(metrics).all():
                 raise UserError(f"the loss is not finite at step {self.step} (margin {metrics[0]}, "
