@@ -70,6 +70,10 @@ FLAGS = {
         ("jit", "auto", ("auto", "on", "off"),
          "compile with XLA; auto: but for direct convolution on a CPU, which XLA does slowly"),
     ],
+    "Reproducibility": [
+        ("deterministic", False, None,
+         "bit-identical runs on accelerators too, at some cost; on a CPU they are anyway"),
+    ],
     "Folders": [
         ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder a run"),
         ("val_checkpoint_dir", "val_checkpoint", None, "of the best by validation"),
@@ -220,6 +224,8 @@ class Run:
         folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
         self.folders = model.Folders(*(
             Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
+        if values.deterministic:
+            tf.config.experimental.enable_op_determinism()
         gpu = bool(tf.config.list_physical_devices("GPU"))
         conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))

@@ -290,6 +290,8 @@ def _restore(checkpoint, folder, step):
 
 def cut_events(folder, last_step):
     """Drop what event files say of steps after `last_step`, and a half-written end."""
+    for path in Path(folder).glob(".events*"):  # a kill while this function wrote
+        path.unlink()
     for path in sorted(Path(folder).glob("events.out.tfevents.*")):
         kept, whole = [], True
         try:
@@ -465,7 +467,7 @@ class Trainer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         older = [s for s in reversed(saved_steps(folder)) if good is not None and s <= good]
-        for path in folder.glob("ckpt-*"):
+        for path in (*folder.glob("ckpt-*"), *folder.glob("checkpoint.tmp*")):
             if not any(re.fullmatch(rf"ckpt-{s}\.(index|data-.*)", path.name) for s in older):
                 # Left by a kill in mid-save, or found damaged.
                 for part in (path, *path.rglob("*")):
@@ -618,7 +620,8 @@ class Trainer:
         pairs = np.stack([seen["canvas"], np.max(seen["with_label"], axis=1)], axis=1)
         rows = [np.concatenate(list(pair), axis=0) for pair in pairs]  # an input over its image
         with self._writers["train"].as_default(step=self.step):
-            tf.summary.image("inputs over reconstructions", image_grid(np.stack(rows))[None])
+            grid = image_grid(np.stack(rows)).repeat(3, axis=0).repeat(3, axis=1)
+            tf.summary.image("inputs over reconstructions", grid[None])
         self.sums = np.zeros(4)
         if not self.validation:
             return
