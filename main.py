@@ -72,7 +72,7 @@ FLAGS = {
     ],
     "Reproducibility": [
         ("deterministic", False, None,
-         "bit-identical runs on accelerators too, at some cost; on a CPU they are anyway"),
+         "bit-identical runs on accelerators and with --conv=direct too, at some cost in speed"),
     ],
     "Folders": [
         ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder a run"),
@@ -279,9 +279,10 @@ def train(run):
     print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
           f"{run.folders.checkpoint}.")
     if not (values.test or values.tweak_test or values.reconstruction_test):
-        print("Next: python main.py --test --reconstruction_test --tweak_test"
-              + " --multi_MNIST" * values.multi_MNIST
-              + " --validation_check" * values.validation_check)
+        # The same flags, since they say which network and which run.
+        kept = [word for word in run.argv[1:] if word.split("=")[0] not in (
+            "--train", "-train", "--epoch", "--restart")]
+        print("Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(kept))
 
 
 def flag_table(values):
@@ -445,7 +446,7 @@ def run_modes(values, argv, modes):
     with without_remarks():
         import tensorflow as tf
 
-        from model import Interrupted
+        from model import Interrupted, reason
 
         tf.config.list_physical_devices()
 
@@ -472,7 +473,7 @@ def run_modes(values, argv, modes):
         print(f"main.py: {place}{error.strerror or error}; choose another folder, or make this one "
               "writable", file=sys.stderr)
     except tf.errors.OpError as error:
-        print("main.py: " + " ".join(str(error.message).split())[:300], file=sys.stderr)
+        print(f"main.py: {reason(error)}; what was saved before is as it was", file=sys.stderr)
     return 1
 
 

@@ -278,6 +278,11 @@ def load_weights(model, folder, report):
     return facts
 
 
+def reason(error):
+    """What an error of TensorFlow says, in one line, without the name of the graph's node."""
+    return re.sub(r"{{.*?}}|\[Op:.*", "", " ".join(str(error).split())).strip()
+
+
 def _by_path(variables):
     return {v.path: v.value for v in variables}
 
@@ -458,7 +463,7 @@ class Trainer:
         try:
             manager.save(checkpoint_number=self.step, check_interval=False)
         except (tf.errors.OpError, OSError) as error:
-            raise UserError(f"cannot save to {manager.directory}: {str(error).splitlines()[0]}; the "
+            raise UserError(f"cannot save to {manager.directory}: {reason(error)}; the "
                             "checkpoints there are as they were: make room and run the same "
                             "command again") from error
 
@@ -571,7 +576,7 @@ class Trainer:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         plan = self.data.training_plan(self.how.seed, epoch)
         size, n = self.how.batch_size, len(plan.index)
-        began = time.perf_counter()
+        began, untimed = time.perf_counter(), start
         for number, batch in enumerate(batches(self.data, plan, size, start), start):
             metrics = self.train_step(batch).numpy().astype(np.float64)
             self.step += 1
@@ -583,7 +588,9 @@ class Trainer:
             self.sums += np.append(metrics, 1) * images
             self._log_step(metrics)
             if on_step:
-                speed = ((number + 1 - start) * size) / (time.perf_counter() - began)
+                speed = (number + 1 - untimed) * size / (time.perf_counter() - began)
+                if number == start:  # the first step compiles, or waits for its first batch
+                    began, untimed = time.perf_counter(), start + 1
                 means = self.sums / self.sums[3]
                 on_step({"epoch": epoch + 1, "epochs": -(-last_step // self.steps_per_epoch),
                          "step": self.step, "last_step": last_step, "images_per_second": speed,
