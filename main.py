@@ -323,7 +323,7 @@ def test(run):
         "checkpoint_step": run.facts["step"], "seed": run.facts["training"]["seed"],
         "training": run.facts["training"], "flags": flag_values(run.flags),
         "command": shlex.join(run.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras.__version__, "numpy": np.__version__},
     }

@@ -67,6 +67,9 @@ class CapsNet(keras.Model):
         self.digits = ops.DigitCapsules(n_classes, digit_dim, routing_iterations,
                                         name="digit_capsules")
         self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder")
+        for number, layer in enumerate((*self.decoder.hidden, self.decoder.pixels)):
+            # Keras would number on from the networks made before, and no checkpoint would fit.
+            layer.name = f"dense_{number}" if number else "dense"
         shape = (None, *image_shape)
         for layer in (self.conv1, self.primary, self.digits, self.decoder):
             layer.build(shape)
@@ -398,7 +401,7 @@ class Trainer:
         schedule = keras.optimizers.schedules.ExponentialDecay(
             how.learning_rate, how.decay_steps, how.decay_rate)
         with self.strategy.scope():
-            self.optimizer = keras.optimizers.Adam(schedule)
+            self.optimizer = keras.optimizers.Adam(schedule, name="adam")
             self.optimizer.build(model.trainable_variables)
         self.step = 0  # how many are done
         self.sums = np.zeros(4)  # margin, reconstruction, correct and images of this epoch so far
@@ -421,7 +424,7 @@ class Trainer:
         variables = self.model.trainable_variables
 
         def gradients(batch):
-            digits, shift, labels, weight = batch
+            weight = batch[-1]
             with tf.GradientTape() as tape:
                 seen = examine(self.model, self.data, batch)
                 margin, reconstruction, correct = (
@@ -480,7 +483,7 @@ class Trainer:
                 path.is_dir() and path.rmdir()
         if older:
             names = [str(folder / f"ckpt-{s}") for s in older]
-            tf.train.update_checkpoint_state(str(folder), names[-1], names)
+            tf.compat.v1.train.update_checkpoint_state(str(folder), names[-1], names)
         return tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=keep)
 
     def resume(self, restart=False):
