@@ -280,9 +280,10 @@ def train(run):
           f"{run.folders.checkpoint}.")
     if not (values.test or values.tweak_test or values.reconstruction_test):
         # The same flags, since they say which network and which run.
-        kept = [word for word in run.argv[1:] if word.split("=")[0] not in (
-            "--train", "-train", "--epoch", "--restart")]
-        print("Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(kept))
+        kept = [values[name].serialize() for name in flag_values(values)
+                if values[name].present and name not in (*MODES, "epoch", "restart")]
+        print("Next: python main.py --test --reconstruction_test --tweak_test "
+              + shlex.join(kept))
 
 
 def flag_table(values):

@@ -67,9 +67,6 @@ class CapsNet(keras.Model):
         self.digits = ops.DigitCapsules(n_classes, digit_dim, routing_iterations,
                                         name="digit_capsules")
         self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder")
-        for number, layer in enumerate((*self.decoder.hidden, self.decoder.pixels)):
-            # Keras would number on from the networks made before, and no checkpoint would fit.
-            layer.name = f"dense_{number}" if number else "dense"
         shape = (None, *image_shape)
         for layer in (self.conv1, self.primary, self.digits, self.decoder):
             layer.build(shape)
@@ -481,9 +478,11 @@ class Trainer:
                 for part in (path, *path.rglob("*")):
                     part.is_file() and part.unlink()
                 path.is_dir() and path.rmdir()
+        state = folder / "checkpoint"  # what the manager believes; it may be damaged too
+        state.unlink(missing_ok=True)
         if older:
-            names = [str(folder / f"ckpt-{s}") for s in older]
-            tf.compat.v1.train.update_checkpoint_state(str(folder), names[-1], names)
+            paths = "".join(f'all_model_checkpoint_paths: "ckpt-{s}"\n' for s in older)
+            state.write_text(f'model_checkpoint_path: "ckpt-{older[-1]}"\n{paths}')
         return tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=keep)
 
     def resume(self, restart=False):

@@ -421,8 +421,14 @@ class Decoder(keras.layers.Layer):
     def __init__(self, image_shape, units=(512, 1024), **kwargs):
         super().__init__(**kwargs)
         self.image_shape, self.units = tuple(image_shape), tuple(units)
-        self.hidden = [keras.layers.Dense(n, activation="relu") for n in self.units]
-        self.pixels = keras.layers.Dense(int(np.prod(self.image_shape)), activation="sigmoid")
+        # Named, because Keras would number on from the networks made before in the process, and the
+        # names are those of a checkpoint.
+        self.hidden = [
+            keras.layers.Dense(n, activation="relu", name=f"hidden_{i}")
+            for i, n in enumerate(self.units, 1)
+        ]
+        size = int(np.prod(self.image_shape))
+        self.pixels = keras.layers.Dense(size, activation="sigmoid", name="pixels")
 
     def build(self, input_shape):
         _, j, d = input_shape

@@ -1,0 +1,609 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+import model
+import ops
+import utils
+from utils import Plan, UserError
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"n_conv": 5, "n_primary": 2, "primary_dim": 3, "digit_dim": 4, "kernel_size": 3,
+         "decoder_units": (6, 7)}
+SCALARS = ["loss/total", "loss/margin", "loss/reconstruction", "accuracy"]
+
+
+def blobs(n, overlap=False, seed=0):
+    """Images 8×8 of three classes, each a bright corner in noise."""
+    dice = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    images = dice.integers(0, 60, (n, 8, 8, 1), dtype=np.uint8)
+    for image, label in zip(images, labels):
+        image[4 * (label // 2):][:4, 4 * (label % 2):][:, :4] += 180
+    return model.Data(images, labels, 2 if overlap else 0, 1, overlap)
+
+
+def network(data, seed=0, **changes):
+    keras.utils.set_random_seed(seed)
+    return model.CapsNet(data.canvas_shape(), 3, **SIZES | {"conv": "dft"} | changes)
+
+
+def trainer_in(folder, jit=False, n=45, validation=True, facts=None, report=None, sizes=None,
+               **how):
+    """A Trainer of 45 examples in batches of 8, the last one of 5, with 9 to validate."""
+    data = blobs(n)
+    held_out = blobs(9, seed=1) if validation else None
+    folders = model.Folders(folder / "checkpoint", folder / "best", folder / "logs")
+    return model.Trainer(network(data, **sizes or {}), data, held_out,
+                         model.Training(**{"batch_size": 8, "decay_steps": 5} | how), folders,
+                         facts or {}, jit, report=report or (lambda text: None))
+
+
+def state(trainer):
+    """All that a step changes: weights and the optimizer's variables."""
+    return [v.numpy() for v in (*trainer.model.variables, *trainer.optimizer.variables)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(map(np.array_equal, one, other))
+
+
+def events(folder):
+    """What TensorBoard reads: {(run, tag): [(step, value)]}; nothing repeated is hidden."""
+    found = {}
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        reader = EventAccumulator(str(run), size_guidance={"tensors": 0},
+                                  purge_orphaned_data=False)
+        reader.Reload()
+        for tag in reader.Tags()["tensors"]:
+            found[run.name, tag] = [
+                (event.step, tensor_util.make_ndarray(event.tensor_proto).tolist())
+                for event in reader.Tensors(tag)]
+    return found
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step):
+    def on_step(at):
+        if at["step"] == step:
+            raise Crash
+    return on_step
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of 2 epochs (12 steps), checkpoints 10 and 12."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = trainer_in(folder)
+    trainer.fit(2, save_steps=5)
+    return folder, state(trainer)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("side, count", [(28, 8_215_568), (36, 11_361_808)])
+def test_the_network_of_the_paper_has_exactly_as_many_parameters_as_the_paper_says(side, count):
+    net = model.CapsNet((side, side, 1), 10)
+    assert net.count_params() == count
+    if side == 28:
+        assert count - net.decoder.count_params() == 6_804_224
+
+
+def test_lengths_are_those_of_the_capsules_whatever_the_batch_size():
+    net = network(blobs(1))
+    images = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
+    lengths, capsules = (part.numpy() for part in net(images))
+    assert lengths.shape == (5, 3) and capsules.shape == (5, 3, 4)
+    np.testing.assert_allclose(lengths, np.linalg.norm(capsules, axis=-1), atol=1e-4)
+    alone = np.concatenate([net(image[None])[0].numpy() for image in images])
+    np.testing.assert_allclose(lengths, alone, atol=1e-6)
+
+
+def test_both_ways_to_convolve_give_the_same_outputs():
+    images = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    direct, dft = (network(blobs(1), conv=conv)(images) for conv in ("direct", "dft"))
+    for one, other in zip(direct, dft):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes():
+    with pytest.raises(ValueError, match=r"at least 17×17 pixels. Received: .*\(16, 30, 1\)"):
+        model.CapsNet((16, 30, 1), 10)
+
+
+def test_a_network_saved_by_keras_is_loaded_with_the_same_outputs(tmp_path):
+    net, images = network(blobs(1)), blobs(4).images / np.float32(255)
+    net.save(tmp_path / "net.keras")
+    loaded = keras.models.load_model(tmp_path / "net.keras")
+    assert loaded.get_config() == net.get_config()
+    assert same([v.numpy() for v in loaded.variables], [v.numpy() for v in net.variables])
+    np.testing.assert_array_equal(loaded(images)[0], net(images)[0])
+
+
+def test_the_label_reaches_only_the_reconstruction_that_is_made_with_it():
+    data = blobs(6)
+    net = network(data)
+    digits, shift, labels, weight = next(iter(model.batches(data, data.evaluation_plan(), 6)))
+    one = model.examine(net, data, (digits, shift, labels, weight))
+    other = model.examine(net, data, (digits, shift, (labels + 1) % 3, weight))
+    for name in ("capsules", "lengths", "predictions", "without_label"):
+        np.testing.assert_array_equal(one[name], other[name])
+    assert np.abs(one["with_label"] - other["with_label"]).max() > 1e-4
+    # The prediction's mask is used: where it is the label, both reconstructions are one.
+    np.testing.assert_array_equal(
+        model.examine(net, data, (digits, shift, one["predictions"], weight))["with_label"],
+        one["without_label"])
+
+
+# ---------------------------------------------------------------- batches
+
+
+def numbered(n, overlap):
+    """Images whose every pixel is their number, labels that follow from it."""
+    numbers = np.arange(n, dtype=np.uint8)
+    images = np.broadcast_to(numbers[:, None, None, None], (n, 5, 4, 1)).copy()
+    return model.Data(images, numbers % 3, 4, 2, overlap)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 21])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_batches_hold_every_example_once_each_with_its_own_label_and_shift(n, overlap):
+    n += overlap  # a pair needs two classes
+    data = numbered(n, overlap)
+    plan = data.training_plan(seed=3, epoch=1)
+    seen = []
+    for digits, shift, labels, weight in model.batches(data, plan, 8).as_numpy_iterator():
+        assert digits.shape == (8, 1 + overlap, 5, 4, 1) and digits.dtype == np.uint8
+        assert weight.sum() == pytest.approx(1, abs=1e-6)
+        assert (weight[weight > 0] == weight.max()).all()
+        np.testing.assert_array_equal(labels, digits[..., 0, 0, 0] % 3)
+        seen += [(tuple(d[..., 0, 0, 0]), tuple(s.ravel()))
+                 for d, s, w in zip(digits, shift, weight) if w]
+    assert seen == [(tuple(i), tuple(s.ravel())) for i, s in zip(plan.index, plan.shift)]
+    assert sorted(first for (first, *_), _ in seen) == list(range(n))
+
+
+def test_the_last_batch_is_filled_to_full_size_with_weight_zero():
+    data = numbered(21, False)
+    *whole, last = model.batches(data, data.training_plan(0, 0), 8).as_numpy_iterator()
+    assert [len(part) for part in last] == [8] * 4
+    np.testing.assert_allclose(last[3], [0.2] * 5 + [0] * 3)
+    for batch in whole:
+        np.testing.assert_allclose(batch[3], 1 / 8)
+
+
+def test_batches_from_a_number_on_are_exactly_the_tail_of_all():
+    data = numbered(21, True)
+    plan = data.training_plan(0, 0)
+    everything = list(model.batches(data, plan, 8).as_numpy_iterator())
+    for start in range(3):
+        tail = list(model.batches(data, plan, 8, start).as_numpy_iterator())
+        assert len(tail) == 3 - start
+        for one, other in zip(tail, everything[start:]):
+            assert same(one, other)
+
+
+def test_only_the_plan_of_training_shifts_and_a_subset_keeps_images_and_labels_together():
+    data = numbered(30, False)
+    assert np.unique(data.training_plan(0, 0).shift).tolist() == [-2, -1, 0, 1, 2]
+    part = data.subset(np.array([4, 8, 20]))
+    assert not part.evaluation_plan().shift.any() and not data.evaluation_plan().shift.any()
+    np.testing.assert_array_equal(part.images[:, 0, 0, 0], [4, 8, 20])
+    np.testing.assert_array_equal(part.labels, [1, 2, 2])
+    assert part.max_shift == 2
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def examined_alone(net, data, index, shift):
+    """Lengths, predicted set, margin loss and reconstruction loss of one example, by loops."""
+    _, height, width, _ = data.images.shape
+    canvas = np.zeros((len(index), height + 2 * data.margin, width + 2 * data.margin, 1))
+    for k, (number, (down, right)) in enumerate(zip(index, shift)):
+        for y, x in np.ndindex(height, width):
+            row, column = y + data.margin + down, x + data.margin + right
+            canvas[k, row, column] = data.images[number, y, x] / 255
+    image = np.minimum(canvas.sum(axis=0), 1).astype(np.float32)
+    lengths, capsules = (part.numpy()[0] for part in net(image[None]))
+    labels = [int(data.labels[number]) for number in index]
+    margin = sum(max(0, 0.9 - length) ** 2 if k in labels else 0.5 * max(0, length - 0.1) ** 2
+                 for k, length in enumerate(lengths.astype(float)))
+    reconstruction = 0.0
+    for k, label in enumerate(labels):
+        x = np.where(np.arange(3)[:, None] == label, capsules, 0).reshape(1, -1)
+        for layer in (*net.decoder.hidden, net.decoder.pixels):
+            x = layer(x)
+        reconstruction += np.square(x.numpy().reshape(canvas[k].shape) - canvas[k]).sum()
+    predicted = set(np.argsort(-lengths)[:len(labels)].tolist())
+    return lengths, predicted == set(labels), margin, reconstruction
+
+
+@pytest.mark.parametrize("overlap, jit", [(False, True), (True, False)])
+def test_evaluation_counts_every_image_and_equals_a_loop_over_single_ones(overlap, jit):
+    n = model.EVALUATION_BATCH + 22
+    data = blobs(n, overlap)
+    net, plan = network(data), data.evaluation_plan()
+    progress = []
+    found = model.evaluate(model.compile_forward(net, data, jit), data, plan,
+                           on_batch=lambda done, of: progress.append((done, of)))
+    assert progress == [(128, n), (n, n)]
+    alone = [examined_alone(net, data, *row) for row in zip(*plan)]
+    lengths, correct, margin, reconstruction = map(np.array, zip(*alone))
+    assert len(found["lengths"]) == n and 0 < correct.sum() < n
+    np.testing.assert_allclose(found["lengths"], lengths, atol=1e-5)
+    np.testing.assert_array_equal(found["correct"], correct)
+    assert found["accuracy"] == pytest.approx(correct.sum() / n)
+    assert found["margin_loss"] == pytest.approx(margin.mean(), rel=1e-4)
+    assert found["reconstruction_loss"] == pytest.approx(reconstruction.mean(), rel=1e-4)
+    np.testing.assert_array_equal(found["labels"], data.labels[plan.index])
+    if overlap:  # one digit right of two is wrong
+        shared = [len({*p} & {*y}) for p, y in zip(found["predictions"], found["labels"])]
+        assert 1 in shared and 2 in shared
+        np.testing.assert_array_equal(found["correct"], np.array(shared) == 2)
+
+
+def test_evaluation_of_fewer_images_than_a_batch_counts_just_those():
+    data = blobs(3)
+    found = model.evaluate(model.compile_forward(network(data), data, False), data,
+                           data.evaluation_plan())
+    assert len(found["correct"]) == 3
+
+
+# ---------------------------------------------------------------- a step of training
+
+
+def momentum(trainer):
+    """Adam's first moments: a tenth of the gradient, after a single step."""
+    return {v.path: v.numpy() for v in trainer.optimizer.variables if "momentum" in v.path}
+
+
+def test_the_uneven_last_batch_has_the_loss_and_gradient_of_its_real_images_alone(tmp_path):
+    filled, small = trainer_in(tmp_path), trainer_in(tmp_path, batch_size=5)
+    plan = filled.data.training_plan(0, 0)
+    rest = Plan(plan.index[40:], plan.shift[40:])
+    (last,) = model.batches(filled.data, plan, 8, start=5)
+    (alone,) = model.batches(filled.data, rest, 5)
+    assert len(last[3]) == 8 and len(alone[3]) == 5
+    expected = [examined_alone(filled.model, filled.data._replace(images=shifted[None, ..., :]),
+                               [0], [(0, 0)])
+                for shifted in ()]
+    assert not expected
+    losses = filled.train_step(last).numpy()
+    np.testing.assert_allclose(losses, small.train_step(alone).numpy(), rtol=1e-5)
+    one, other = momentum(filled), momentum(small)
+    assert one.keys() == other.keys() and len(one) == 11
+    for path in one:
+        assert np.abs(one[path]).max() > 0
+        np.testing.assert_allclose(one[path], other[path], rtol=1e-3, atol=1e-8)
+
+
+def test_a_step_reports_the_mean_losses_of_its_images_before_the_step(tmp_path):
+    trainer = trainer_in(tmp_path)
+    # Unshifted, so that the loop over single images knows them.
+    (batch,) = model.batches(trainer.data, Plan(*(p[:8] for p in trainer.data.evaluation_plan())), 8)
+    alone = [examined_alone(trainer.model, trainer.data, [i], [(0, 0)]) for i in range(8)]
+    _, correct, margin, reconstruction = map(np.array, zip(*alone))
+    np.testing.assert_allclose(trainer.train_step(batch).numpy(),
+                               [margin.mean(), reconstruction.mean(), correct.mean()], rtol=1e-4)
+
+
+def test_the_reconstruction_weight_scales_just_the_gradient_of_the_decoder(tmp_path):
+    one, other = (trainer_in(tmp_path, reconstruction_weight=w) for w in (0.001, 0.003))
+    (batch,) = model.batches(one.data, Plan(*(p[:8] for p in one.data.evaluation_plan())), 8)
+    one.train_step(batch), other.train_step(batch)
+    path = "adam/decoder_dense_2_bias_momentum"
+    np.testing.assert_allclose(3 * momentum(one)[path], momentum(other)[path], rtol=1e-4)
+
+
+def test_the_first_step_moves_weights_by_the_learning_rate_and_the_last_by_its_decayed_value(
+        tmp_path):
+    trainer = trainer_in(tmp_path, learning_rate=0.004, decay_rate=0.5, decay_steps=3)
+    before = [v.numpy() for v in trainer.model.variables]
+    moved = []
+
+    def on_step(at):
+        if at["step"] == 1:  # |m| / sqrt(v) is 1 in Adam's first step
+            moved.extend(np.abs(v.numpy() - b).max()
+                         for v, b in zip(trainer.model.variables, before))
+
+    trainer.fit(2, on_step=on_step)
+    np.testing.assert_allclose(moved, 0.004, rtol=0.01)
+    assert float(trainer.optimizer.learning_rate) == pytest.approx(0.004 * 0.5 ** (12 / 3))
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_events_have_every_step_once_with_the_losses_their_total_and_the_learning_rate(finished):
+    found = events(finished[0] / "logs")
+    assert {tag for run, tag in found if run == "validation"} == {*SCALARS}
+    assert {*SCALARS, "learning_rate"} < {tag for run, tag in found if run == "train"}
+    for tag in (*SCALARS, "learning_rate"):
+        assert [step for step, _ in found["train", tag]] == list(range(1, 13))
+    for tag in SCALARS:
+        assert [step for step, _ in found["validation", tag]] == [6, 12]
+    for step, rate in found["train", "learning_rate"]:
+        assert rate == pytest.approx(0.001 * 0.7 ** ((step - 1) / 5), rel=1e-6)
+    for run in ("train", "validation"):
+        for (_, total), (_, margin), (_, reconstruction) in zip(
+                *(found[run, tag] for tag in SCALARS[:3])):
+            assert total == pytest.approx(margin + 0.0005 * reconstruction, rel=1e-6)
+    pictures = found["train", "inputs over reconstructions"]
+    assert [step for step, _ in pictures] == [6, 12]
+
+
+def test_the_validation_in_the_events_is_that_of_the_unshifted_validation_images(finished):
+    data = blobs(9, seed=1)
+    net = network(data, seed=5)
+    model.load_weights(net, finished[0] / "checkpoint", print)
+    alone = [examined_alone(net, data, [i], [(0, 0)]) for i in range(9)]
+    found = events(finished[0] / "logs")
+    for tag, column in ("accuracy", 1), ("loss/margin", 2), ("loss/reconstruction", 3):
+        step, value = found["validation", tag][-1]
+        assert step == 12
+        assert value == pytest.approx(np.mean([row[column] for row in alone]), rel=1e-4)
+
+
+def test_the_best_folder_holds_the_step_with_the_lowest_validation_loss(tmp_path, monkeypatch):
+    losses = iter([0.5, 0.3, 0.3, 0.2, 0.4])
+
+    def evaluate(compiled, data, plan):
+        assert not plan.shift.any() and len(plan.index) == 9
+        return {"margin_loss": next(losses), "reconstruction_loss": 0.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(model, "evaluate", evaluate)
+    lines, steps = [], []
+    trainer = trainer_in(tmp_path, report=lines.append)
+    trainer.fit(5, on_step=lambda at: steps.append(model.saved_steps(tmp_path / "best")))
+    assert [s[0] if s else None for s in steps[5::6]] == [None, 6, 12, 12, 24]
+    assert model.saved_steps(tmp_path / "best") == [24]
+    assert ["the best so far" in line for line in lines] == [True, True, False, True, False]
+    assert model.read_facts(tmp_path / "best", 24)["step"] == 24
+
+
+def test_progress_reports_running_means_of_the_epoch_by_images(tmp_path):
+    seen = []
+    trainer_in(tmp_path, validation=False).fit(2, on_step=seen.append)
+    assert [(at["epoch"], at["step"], at["last_step"]) for at in seen] == [
+        (1 + step // 6, step + 1, 12) for step in range(12)]
+    logged = [value for _, value in events(tmp_path / "logs")["train", "loss/margin"]]
+    sizes = [8, 8, 8, 8, 8, 5]
+    for number, at in enumerate(seen):
+        first = number - number % 6
+        expected = np.average(logged[first:number + 1], weights=sizes[:number % 6 + 1])
+        assert at["margin_loss"] == pytest.approx(expected, rel=1e-5)
+        assert at["seconds_left"] >= 0 and at["images_per_second"] > 0
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+def test_runs_of_one_seed_are_bit_identical_and_one_broken_in_mid_epoch_ends_just_the_same(
+        tmp_path):
+    whole, again = (trainer_in(tmp_path / name, jit=True) for name in ("whole", "again"))
+    for trainer in (whole, again):
+        trainer.fit(2, save_steps=4, texts={"flags": "| some |"})
+    assert same(state(whole), state(again))
+    expected = events(tmp_path / "whole" / "logs")
+    assert events(tmp_path / "again" / "logs") == expected
+
+    broken = trainer_in(tmp_path / "broken", jit=True)
+    with pytest.raises(Crash):
+        broken.fit(2, save_steps=4, on_step=crash_at(11), texts={"flags": "| some |"})
+    assert model.saved_steps(tmp_path / "broken" / "checkpoint") == [8, 6]
+    resumed, began = trainer_in(tmp_path / "broken", jit=True), []
+    resumed.model.set_weights([w * 0 for w in resumed.model.get_weights()])
+    assert resumed.fit(2, save_steps=4, on_resume=began.append, texts={"flags": "| some |"})
+    assert began == [8]
+    assert same(state(resumed), state(whole))
+    assert events(tmp_path / "broken" / "logs") == expected
+    assert resumed.best == whole.best
+
+
+def test_another_seed_gives_other_weights_and_another_order(tmp_path):
+    one, other = (trainer_in(tmp_path / str(seed), validation=False, seed=seed) for seed in (0, 1))
+    for trainer in (one, other):
+        trainer.fit(1)
+    assert not same(state(one), state(other))
+
+
+def test_a_run_broken_before_its_first_checkpoint_begins_anew_without_double_events(
+        tmp_path, finished):
+    with pytest.raises(Crash):
+        trainer_in(tmp_path).fit(2, on_step=crash_at(4))
+    assert not model.saved_steps(tmp_path / "checkpoint")
+    trainer_in(tmp_path).fit(2)
+    steps = [step for step, _ in events(tmp_path / "logs")["train", "accuracy"]]
+    assert steps == list(range(1, 13))
+
+
+def test_ctrl_c_and_sigterm_save_after_the_running_step_and_leave_the_old_handlers(tmp_path):
+    for number, stop in ((signal.SIGTERM, 3), (signal.SIGINT, 5)):
+        before = signal.getsignal(number)
+        trainer = trainer_in(tmp_path, validation=False)
+        with pytest.raises(model.Interrupted) as caught:
+            trainer.fit(2, on_step=lambda at: at["step"] == stop and signal.raise_signal(number))
+        assert caught.value.args == (number,)
+        assert signal.getsignal(number) is before
+        assert model.saved_steps(tmp_path / "checkpoint")[0] == stop
+    last = trainer_in(tmp_path, validation=False)
+    last.fit(1)
+    assert last.restored == 5 and last.step == 6
+
+
+def test_more_epochs_go_on_and_no_more_epochs_do_nothing(copy, finished):
+    trainer = trainer_in(copy)
+    before = sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*") if p.is_file())
+    assert not trainer.fit(2) and trainer.step == 12
+    assert sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*") if p.is_file()) == before
+    assert same(state(trainer), finished[1])
+    longer, began = trainer_in(copy), []
+    assert longer.fit(3, on_resume=began.append)
+    assert began == [12] and longer.step == 18
+    assert [step for step, _ in events(copy / "logs")["train", "accuracy"]] == list(range(1, 19))
+
+
+# The child loads what this process saved, and then trains until it is killed with SIGKILL.
+CHILD = """
+import os, pathlib, signal, sys
+root, trained, folder = map(pathlib.Path, sys.argv[1:])
+sys.path[:0] = [str(root), str(root / "tests")]
+import numpy as np
+import test_model
+from test_model import model
+data = test_model.blobs(5)
+net = test_model.network(data, seed=9)
+model.load_weights(net, trained / "checkpoint", print)
+np.save(trained / "outputs.npy", net(data.images / np.float32(255))[1].numpy())
+trainer = test_model.trainer_in(folder, jit=True)
+trainer.fit(2, save_steps=4, on_step=lambda at: at["step"] == 11 and os.kill(os.getpid(), 9))
+"""
+
+
+def test_another_process_loads_the_same_outputs_and_when_killed_is_continued_bit_by_bit(
+        tmp_path, copy):
+    folder = tmp_path / "killed"
+    child = subprocess.run([sys.executable, "-c", CHILD, ROOT, copy, folder],
+                           capture_output=True, text=True, timeout=300)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    data = blobs(5)
+    net = network(data, seed=3)
+    model.load_weights(net, copy / "checkpoint", print)
+    outputs = net(data.images / np.float32(255))[1].numpy()
+    np.testing.assert_array_equal(np.load(copy / "outputs.npy"), outputs)
+
+    # Leftovers of a kill in mid-save, and a file of the user's own.
+    saves = folder / "checkpoint"
+    (saves / "ckpt-7.data-00000-of-00001").write_bytes(b"half")
+    (saves / "ckpt-9_temp").mkdir()
+    (saves / "ckpt-9_temp" / "part-00000-of-00001.data-00000-of-00001").write_bytes(b"half")
+    (saves / "checkpoint.tmp0123").write_text("half")
+    (saves / "notes.txt").write_text("mine")
+    (folder / "logs" / "train" / ".events.out.tfevents.1.half").write_bytes(b"half")
+    assert model.saved_steps(saves) == [8, 6]
+    whole, resumed = trainer_in(tmp_path / "whole", jit=True), trainer_in(folder, jit=True)
+    whole.fit(2, save_steps=4)
+    resumed.fit(2, save_steps=4)
+    assert resumed.restored == 8
+    assert same(state(resumed), state(whole))
+    assert events(folder / "logs") == events(tmp_path / "whole" / "logs")
+    assert sorted(os.listdir(saves)) == sorted(
+        ["checkpoint", "notes.txt"] + [f"ckpt-{step}.{part}" for step in (10, 12) for part in
+                                       ("index", "data-00000-of-00001")][0:0]
+        + [f"ckpt-{step}.{part}" for step in model.saved_steps(saves)
+           for part in ("index", "data-00000-of-00001")])
+    assert model.saved_steps(saves)[0] == 12 and len(model.saved_steps(saves)) == 2
+    assert not list((folder / "logs").rglob(".*"))
+
+
+def test_half_an_event_at_the_end_of_a_file_is_dropped_and_the_whole_ones_stay(copy):
+    (file,) = (copy / "logs" / "train").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    model.cut_events(copy / "logs" / "train", 10)
+    found = events(copy / "logs")
+    assert [step for step, _ in found["train", "loss/margin"]] == list(range(1, 11))
+    assert found["train", "flags"] if ("train", "flags") in found else True
+    # What is whole and not too late is left as it is, to the byte.
+    (file,) = (copy / "logs" / "validation").iterdir()
+    before = file.read_bytes()
+    model.cut_events(copy / "logs" / "validation", 12)
+    assert file.read_bytes() == before
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
+def weights_place(folder, step):
+    """The data file of a checkpoint, and where in it the weights of the digit capsules are."""
+    path = folder / f"ckpt-{step}.data-00000-of-00001"
+    reader = tf.train.load_checkpoint(str(folder / f"ckpt-{step}"))
+    name = next(n for n in reader.get_variable_to_shape_map() if n.startswith("weights/digit"))
+    return path, path.read_bytes().index(reader.get_tensor(name).tobytes())
+
+
+def truncate(folder, step):
+    path, place = weights_place(folder, step)
+    os.truncate(path, place + 4)
+
+
+def flip(folder, step):
+    path, place = weights_place(folder, step)
+    content = bytearray(path.read_bytes())
+    content[place + 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_index(folder, step):
+    path = folder / f"ckpt-{step}.index"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(folder, step):
+    (folder / f"ckpt-{step}.data-00000-of-00001").write_bytes(b"")
+
+
+def empty_index(folder, step):
+    (folder / f"ckpt-{step}.index").write_bytes(b"")
+
+
+def lose_data(folder, step):
+    (folder / f"ckpt-{step}.data-00000-of-00001").unlink()
+
+
+def lose_index(folder, step):
+    (folder / f"ckpt-{step}.index").unlink()
+
+
+DAMAGES = [truncate, flip, flip_index, empty, empty_index, lose_data, lose_index]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_checkpoint_the_one_before_is_loaded_and_training_goes_on_from_it(
+        copy, damage, finished):
+    damage(copy / "checkpoint", 12)
+    lines = []
+    net = network(blobs(1), seed=4)
+    facts = model.load_weights(net, copy / "checkpoint", lines.append)
+    assert facts["step"] == 10
+    old = tf.train.load_checkpoint(str(finished[0] / "checkpoint" / "ckpt-10"))
+    np.testing.assert_array_equal(
+        net.digits.W.numpy(), old.get_tensor("weights/digit_capsules.S" + "W/.ATTRIBUTES/x")
+        if False else _tensor(old, "weights/digit"))
+    trainer = trainer_in(copy, report=lines.append)
+    trainer.resume()
+    assert trainer.step == trainer.restored == 10
+    # A checkpoint without its index is what a kill in mid-save leaves, and so no news.
+    assert [line for line in lines if "ckpt-12 is damaged" in line] == (
+        [] if damage is lose_index else lines) and len(lines) in (0, 2)
+
+
+def _tensor(reader, start):
+    (name,) = (n for n in reader.get_variable_to_shape_map() if n.startswith(start))
+    return reader.get_tensor(name)
