@@ -453,9 +453,15 @@ class Trainer:
 
     def save(self, last_step):
         """Write a checkpoint beside the older ones, then drop the oldest."""
+        self._check_finite("a weight is", *self.model.get_weights())
         for writer in self._writers.values():
             writer.flush()
         self._write(self._manager, last_step)
+
+    def _check_finite(self, what, *arrays):
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(f"{what} not finite at step {self.step}; the checkpoints before it are "
+                            "kept: try a lower --learning_rate")
 
     def _write(self, manager, last_step):
         for name, value in self._host_state(last_step).items():
@@ -481,8 +487,9 @@ class Trainer:
         state = folder / "checkpoint"  # what the manager believes; it may be damaged too
         state.unlink(missing_ok=True)
         if older:
-            paths = "".join(f'all_model_checkpoint_paths: "ckpt-{s}"\n' for s in older)
-            state.write_text(f'model_checkpoint_path: "ckpt-{older[-1]}"\n{paths}')
+            listed = "".join(f'all_model_checkpoint_paths: "ckpt-{s}"\n'
+                             "all_model_checkpoint_timestamps: 1\n" for s in older)
+            state.write_text(f'model_checkpoint_path: "ckpt-{older[-1]}"\n{listed}')
         return tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=keep)
 
     def resume(self, restart=False):
@@ -582,10 +589,7 @@ class Trainer:
         for number, batch in enumerate(batches(self.data, plan, size, start), start):
             metrics = self.train_step(batch).numpy().astype(np.float64)
             self.step += 1
-            if not np.isfinite(metrics).all():
-                raise UserError(f"the loss is not finite at step {self.step} (margin {metrics[0]}, "
-                                f"reconstruction {metrics[1]}); the checkpoints before it are kept:"
-                                " try a lower --learning_rate")
+            self._check_finite("the loss is", metrics)
             images = min(size, n - number * size)
             self.sums += np.append(metrics, 1) * images
             self._log_step(metrics)
