@@ -408,6 +408,8 @@ class Trainer:
         self._checkpoint = tf.train.Checkpoint(
             weights=_by_path(model.variables), optimizer=_by_path(self.optimizer.variables),
             **self._state)
+        # Made later, as is usual, it would be restored then, from a checkpoint found damaged.
+        self._checkpoint.save_counter.assign(0)
         self._stop_signal = None
         self.train_step = self._compile()  # batch -> margin loss, reconstruction loss, accuracy
         self._validate = validation and compile_forward(model, validation, jit)

@@ -1,0 +1,497 @@
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import main
+import model
+import utils
+
+ROOT = Path(__file__).parent.parent
+DATA = f"--data_dir={ROOT / 'data'}"
+NETWORK = ["--n_conv=8", "--n_primary=2", "--digit_dim=4"]
+SMALL = [DATA, *NETWORK, "--train_size=300", "--epoch=1", "--jit=off"]
+BOOLEANS = ["train", "test", "reconstruction_test", "tweak_test", "multi_MNIST", "data_deformation",
+            "validation_check", "restart", "deterministic"]
+
+
+def run(folder, *words):
+    """Exit code, standard output and standard error of the command line in a folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.main(["main.py", *map(str, words)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(result, code, *words):
+    """The single line on standard error with which a command was refused."""
+    assert result[0] == code and "Traceback" not in result[1] + result[2]
+    assert re.fullmatch(r"main\.py: [^\n]+\n", result[2])
+    for word in words:
+        assert word in result[2]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return utils.load_dataset("mnist", ROOT / "data")
+
+
+@pytest.fixture(scope="module")
+def few(mnist):
+    """Makes commands load the first 400 training and 200 test images only, and in no time."""
+    part = mnist._replace(**{name: getattr(mnist, name)[:400 if "train" in name else 200]
+                             for name in ("x_train", "y_train", "x_test", "y_test")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load_dataset", lambda name, folder: part)
+        yield part
+
+
+class Story:
+    """Commands typed one after another in one folder: their results, and the files after each."""
+
+    def __init__(self, folder):
+        self.folder, self.results, self.files = folder, {}, {}
+
+    def type(self, name, *words):
+        self.results[name] = run(self.folder, *words)
+        self.files[name] = files(self.folder)
+        assert self.results[name][0] == 0, self.results[name]
+
+
+@pytest.fixture(scope="module")
+def story(few, tmp_path_factory):
+    """The commands of the README, one after another; with few images and a small network."""
+    story = Story(tmp_path_factory.mktemp("story"))
+    story.type("deformed", "--train", "--data_deformation", *SMALL)
+    story.type("same again", "--train", "--data_deformation", *SMALL)
+    story.type("longer", "--train", "--data_deformation", *SMALL, "--epoch=2")
+    story.type("examined", "--test", "--tweak_test", "--reconstruction_test", *SMALL)
+    story.json = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    story.type("validated", "--train", "--validation_check=True", *SMALL)
+    story.type("best tested", "--train=False", "--validation_check=True", "--test", *SMALL)
+    return story
+
+
+@pytest.fixture(scope="module")
+def pairs(few, tmp_path_factory):
+    """The commands for overlapping digits."""
+    story = Story(tmp_path_factory.mktemp("pairs"))
+    story.type("trained", "--train", "--multi_MNIST", "--data_deformation", *SMALL)
+    story.type("examined", "--test", "--multi_MNIST", "--tweak_test", "--reconstruction_test",
+               *SMALL)
+    return story
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_help_lists_every_flag_and_answers_without_importing_tensorflow():
+    script = ("import runpy, sys\nsys.argv = ['main.py', '--help']\ntry:\n"
+              "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+              "except SystemExit as stop:\n    print(stop.code, 'tensorflow' in sys.modules)")
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, text=True,
+                           capture_output=True)
+    assert shown.stdout.endswith("\n0 False\n") and shown.stderr == ""
+    names = set(main.parse(["main.py"]))
+    assert names >= {*BOOLEANS, "epoch", "logdir", "seed"} and len(names) > 30
+    for name in names:
+        assert re.search(rf"^  --(\[no\])?{name}[ =\n]", shown.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_a_flag_is_switched_by_all_four_spellings(name):
+    on = [f"--{name}", f"--{name}=True", f"--{name}=true"]
+    off = [f"--no{name}", f"--{name}=False", f"--{name}=false"]
+    for words, value in [([], False)] + [([w], True) for w in on] + [([w], False) for w in off]:
+        needed = ["--train"] if name != "train" else []
+        assert getattr(main.parse(["main.py", *needed, *words]), name) is value
+
+
+def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
+    for words in [], ["--epoch=3"], ["--notrain", "--test=False"]:
+        code, out, err = run(tmp_path, *words)
+        assert code == 2 and out == "" and 5 < err.count("\n") < 15
+        for mode in ("--train", "--test", "--reconstruction_test", "--tweak_test", "--help"):
+            assert mode in err
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--train", "--epochs=3"], "epochs"),
+    (["--train", "--learning_rat", "0.1"], "learning_rat"),
+    (["--train", "False"], "'False'"),
+    (["train"], "'train'"),
+    (["--train", "--"], "x") if False else (["--train", "--", "x"], "'x'"),
+    (["--train=maybe"], "maybe"),
+    (["--train", "--epoch=0"], "--epoch=0"),
+    (["--train", "--epoch=-1"], "--epoch=-1"),
+    (["--train", "--epoch=1.5"], "1.5"),
+    (["--train", "--epoch="], "epoch"),
+    (["--train", "--epoch"], "epoch"),
+    (["--train", "--batch_size=0"], "1 to"),
+    (["--train", "--learning_rate=nan"], "--learning_rate=nan"),
+    (["--train", "--learning_rate=inf"], "--learning_rate=inf"),
+    (["--train", "--learning_rate=0"], "--learning_rate=0"),
+    (["--train", "--decay_rate=1.1"], "1.1"),
+    (["--train", "--decay_rate=-inf"], "-inf"),
+    (["--train", "--reconstruction_weight=nan"], "nan"),
+    (["--train", "--seed=-1"], "--seed=-1"),
+    (["--train", "--seed=2147483648"], "--seed=2147483648"),
+    (["--train", "--routing_iterations=0"], "1 to 100"),
+    (["--train", "--train_size=-5"], "--train_size=-5"),
+    (["--train", "--dataset=cifar10"], "fashion_mnist"),
+    (["--train", "--dataset="], "fashion_mnist"),
+    (["--train", "--conv=fft"], "dft"),
+    (["--train", "--logdir="], "--logdir is empty"),
+    (["--test", "--restart"], "needs --train"),
+    (["--restart"], "needs --train"),
+    (["--train", "--validation_check", "--train_size=5"], "--train_size"),
+    (["--train", "--é=\N{SNOWMAN}"], "é"),
+    (["--flagfile=/nowhere/at/all"], "/nowhere/at/all"),
+])
+def test_a_wrong_command_line_is_refused_in_one_line_with_exit_code_2(tmp_path, words, named):
+    result = run(tmp_path, *words)
+    refused(result, 2, named)
+    assert result[1] == "" and files(tmp_path) == set()
+
+
+def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert {re.split("[<>=~]", line)[0] for line in lines} >= {
+        "tensorflow", "tensorboard", "numpy", "pillow", "matplotlib", "absl-py", "pytest"}
+
+
+# ---------------------------------------------------------------- what the commands do and write
+
+
+def test_training_writes_checkpoints_and_events_and_names_the_next_command(story):
+    code, out, err = story.results["deformed"]
+    assert err == "" and "Trained to step 5 in " in out and "checkpoint/mnist" in out
+    assert re.search(r"Epoch 1/1 step 5/5: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
+    saved = {f"checkpoint/mnist/{name}" for name in (
+        "checkpoint", "ckpt-5.index", "ckpt-5.data-00000-of-00001")}
+    (events,) = story.files["deformed"] - saved - {"checkpoint/.mnist.lock"}
+    assert events.startswith("logs/mnist/train/events.out.tfevents.")
+    (following,) = re.findall("^Next: python main.py (.*)$", out, re.MULTILINE)
+    values = main.parse(["main.py", *shlex.split(following)])
+    assert values.test and values.tweak_test and values.reconstruction_test and not values.train
+    assert values.n_conv == 8 and values.data_dir == str(ROOT / "data")
+
+
+@pytest.mark.parametrize("words", [
+    ["--train", "--epoch", "3", "--n_conv", "9"], ["--train=True", "--test=False", "--n_conv=9"],
+    ["-train", "-epoch=3", "-norestart", "--notest", "--n_conv=9"],
+    ["--train", "--restart", "--n_conv=9", "--multi_MNIST", "--validation_check=True"]])
+def test_the_next_command_that_training_names_can_be_typed_however_the_first_was(
+        tmp_path, few, monkeypatch, words):
+    monkeypatch.setattr(model.Trainer, "fit", lambda self, *args, **kwargs: True)
+    code, out, err = run(tmp_path, *words, "--n_primary=2")
+    (following,) = re.findall("^Next: python main.py (.*)$", out, re.MULTILINE)
+    values = main.parse(["main.py", *shlex.split(following)])
+    assert values.test and values.tweak_test and values.reconstruction_test
+    assert not values.train and not values.restart
+    assert (values.n_conv, values.n_primary, values.epoch) == (9, 2, 10)
+    assert values.multi_MNIST is values.validation_check is ("--multi_MNIST" in words)
+
+
+def test_the_same_command_again_says_the_run_is_finished_and_how_to_train_longer(story):
+    code, out, err = story.results["same again"]
+    assert out.count("\n") == 1 and err == ""
+    assert "This run is finished: 1 epochs" in out and "--epoch=11" in out and "--restart" in out
+    assert story.files["same again"] == story.files["deformed"]
+
+
+def test_more_epochs_go_on_and_say_from_which_step(story):
+    code, out, err = story.results["longer"]
+    assert "Going on from step 5 (checkpoint/mnist)." in out and "Trained to step 10 in" in out
+    assert "Epoch 2/2 step 10/10" in out and "Epoch 1/" not in out
+
+
+def test_another_run_moves_the_finished_one_aside_and_says_where(story):
+    code, out, err = story.results["validated"]
+    assert "Moved the earlier run aside: checkpoint/mnist.1, logs/mnist.1" in out
+    assert "Validation after step 4: loss 0." in out and "the best so far" in out
+    moved = {name.replace("mnist/", "mnist.1/") for name in story.files["examined"]
+             if name.startswith(("checkpoint/mnist/", "logs/"))}
+    assert moved < story.files["validated"]
+    assert {"checkpoint/mnist/ckpt-4.index", "val_checkpoint/mnist/ckpt-4.index"} < (
+        story.files["validated"])
+    assert any(name.startswith("logs/mnist/validation/") for name in story.files["validated"])
+
+
+def test_the_examining_modes_write_these_files_and_no_others(story):
+    code, out, err = story.results["examined"]
+    assert err == "" and "Weights of step 10 from checkpoint/mnist" in out
+    pictures = {f"samples/{name}.png" for name in (
+        "samples_arrange", "recon_samples_with_label_arrange",
+        "recon_samples_without_label_arrange", "reconstruction", "confusion_matrix",
+        "misclassified")}
+    pictures |= {f"tweak/tweak_result_{number}.png" for number in range(4)} | {"tweak/overview.png"}
+    assert story.files["examined"] - story.files["longer"] == pictures | {"logs/mnist/test.json"}
+    for name in pictures - {f"tweak/tweak_result_{number}.png" for number in (1, 2)}:
+        assert name in out
+
+
+def test_the_pictures_are_png_files_of_a_size_to_look_at_with_something_in_them(story, pairs):
+    paths = [*story.folder.rglob("*.png"), *pairs.folder.rglob("*.png")]
+    assert len(paths) == 11 + 10
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG" and 200 < min(picture.size) <= max(picture.size) < 4000
+            assert np.ptp(np.asarray(picture)) > 100
+
+
+def test_the_grid_of_samples_shows_the_first_64_test_images_in_order(story, few):
+    pixels = np.asarray(Image.open(story.folder / "samples/samples_arrange.png"))
+    assert pixels.shape == (3 * (8 * 29 - 1), 3 * (8 * 29 - 1))
+    for number in (0, 1, 8, 63):
+        y, x = 87 * (number // 8), 87 * (number % 8)
+        shown = pixels[y:y + 84:3, x:x + 84:3]
+        np.testing.assert_array_equal(shown, few.x_test[number, :, :, 0])
+
+
+def test_the_json_file_has_the_accuracy_that_counting_image_by_image_gives(story, few):
+    keep = tf.train.load_checkpoint(str(story.folder / "checkpoint/mnist.1"))
+    net = model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4)
+    for variable in net.variables:
+        variable.assign(keep.get_tensor(
+            f"weights/{variable.path.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE"))
+    lengths = np.concatenate([net(image[None] / np.float32(255))[0] for image in few.x_test])
+    wrong = int((lengths.argmax(axis=1) != few.y_test).sum())
+    found = story.json
+    assert 0 < wrong < 200
+    assert (found["wrong"], found["images"]) == (wrong, 200)
+    assert found["accuracy"] == pytest.approx(1 - wrong / 200)
+    assert found["error_percent"] == pytest.approx(wrong / 2)
+    assert f"error {wrong / 2:.2f}%, {wrong} of 200 wrong" in story.results["examined"][1]
+    for number, name in enumerate(few.class_names):
+        of_class = few.y_test == number
+        share = (lengths.argmax(axis=1) == number)[of_class].mean()
+        assert found["accuracy_per_class"][name] == pytest.approx(share)
+    assert found["total_loss"] == pytest.approx(
+        found["margin_loss"] + 0.0005 * found["reconstruction_loss"])
+
+
+def test_the_json_file_says_with_what_it_was_made(story):
+    found = story.json
+    assert found["checkpoint_step"] == 10 and found["seed"] == 0 and found["dataset"] == "mnist"
+    assert found["flags"].keys() == {name for rows in main.FLAGS.values() for name, *_ in rows}
+    assert found["flags"]["n_conv"] == 8 and found["training"]["data_deformation"] is True
+    assert found["versions"]["tensorflow"] == tf.__version__ and "numpy" in found["versions"]
+    assert found["images_per_second"] > 0 and "--tweak_test" in found["command"]
+
+
+def test_the_weights_kept_by_validation_are_tested_with_validation_check(story):
+    code, out, err = story.results["best tested"]
+    assert "Weights of step 4 from val_checkpoint/mnist" in out and "Test accuracy " in out
+    found = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    assert found["checkpoint_step"] == 4 and found["training"]["validation_check"] is True
+
+
+def test_validation_images_come_from_the_training_images_and_only_training_ones_are_shifted(
+        tmp_path, few, monkeypatch):
+    seen = []
+
+    class Spy(model.Trainer):
+        def __init__(self, net, data, validation, *args, **kwargs):
+            seen.extend([data, validation])
+            raise utils.UserError("enough")
+
+    monkeypatch.setattr(model, "Trainer", Spy)
+    refused(run(tmp_path, "--train", "--validation_check", "--data_deformation", *SMALL), 1)
+    data, validation = seen
+    assert (len(data.labels), len(validation.labels)) == (250, 50)
+    number = {image.tobytes(): i for i, image in enumerate(few.x_train[:300])}
+    kept, held_out = ([number[image.tobytes()] for image in part.images] for part in seen)
+    assert sorted(kept + held_out) == list(range(300))
+    for part, numbers in (data, kept), (validation, held_out):
+        np.testing.assert_array_equal(part.labels, few.y_train[numbers])
+    assert np.unique(data.training_plan(0, 0).shift).tolist() == [-2, -1, 0, 1, 2]
+    assert not validation.evaluation_plan().shift.any()
+
+
+def test_a_tweak_adds_to_one_dimension_of_the_predicted_capsule_and_shows_what_that_decodes_to(
+        tmp_path, story, few, monkeypatch):
+    drawn, overview = {}, []
+    monkeypatch.setattr(utils, "save_tweak", lambda path, images, deltas, dim, names: drawn.update(
+        {dim: (path.name, images, names)}))
+    monkeypatch.setattr(utils, "save_tweak_overview", lambda path, images, deltas, name:
+                        overview.extend([images, deltas, name]))
+    code, out, err = run(story.folder, "--tweak_test", "--tweak_num=3", *SMALL)
+    assert code == 0 and list(drawn) == [0, 1, 2, 3]
+    images, deltas, name = overview
+    np.testing.assert_allclose(deltas, [-.25, -.2, -.15, -.1, -.05, 0, .05, .1, .15, .2, .25],
+                               atol=1e-12)
+    net = model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4)
+    model.load_weights(net, story.folder / "checkpoint/mnist", print)
+    for digit in range(3):
+        lengths, capsules = net(few.x_test[digit][None] / np.float32(255))
+        chosen = int(np.argmax(lengths))
+        for dim, step in [(0, 0), (1, 5), (2, 10), (3, 3)]:
+            moved = np.zeros((1, 10, 4), np.float32)
+            moved[0, chosen] = capsules[0, chosen]
+            moved[0, chosen, dim] += deltas[step]
+            expected = net.decoder(moved, np.ones((1, 1, 10), np.float32))[0, 0]
+            file, shown, names = drawn[dim]
+            assert file == f"tweak_result_{dim}.png" and names[digit] == str(chosen)
+            np.testing.assert_allclose(shown[digit, step], expected, atol=1e-6)
+    np.testing.assert_array_equal(images, np.stack([drawn[dim][1][0] for dim in range(4)]))
+    assert name == drawn[0][2][0]
+
+
+def test_all_10000_test_images_are_counted_with_the_default_way_to_compute(tmp_path):
+    words = [DATA, "--n_conv=4", "--n_primary=1", "--digit_dim=4", "--train_size=64", "--epoch=1"]
+    with pytest.MonkeyPatch.context() as patch:  # not the few images of the other tests
+        patch.setattr(utils, "load_dataset", REAL_LOAD)
+        code, out, err = run(tmp_path, "--train", "--test", *words)
+    assert code == 0 and " of 10000 wrong" in out
+    found = json.loads((tmp_path / "logs/mnist/test.json").read_text())
+    assert found["images"] == 10000 and found["wrong"] == round(10000 * (1 - found["accuracy"]))
+
+
+REAL_LOAD = utils.load_dataset
+
+
+def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
+    code, out, err = pairs.results["trained"]
+    assert "--data_deformation adds nothing to --multi_MNIST" in out and "--multi_MNIST" in out
+    assert {"multi_checkpoint/multi_mnist/ckpt-5.index"} < pairs.files["trained"]
+    assert not [name for name in pairs.files["trained"] if name.startswith("checkpoint")]
+    pictures = {f"samples/{name}.png" for name in (
+        "samples_arrange", "recon_samples_with_label_arrange",
+        "recon_samples_without_label_arrange", "reconstruction", "multi_MNIST")}
+    pictures |= {f"tweak/tweak_result_{number}.png" for number in range(4)} | {"tweak/overview.png"}
+    new = pairs.files["examined"] - pairs.files["trained"]
+    assert new == pictures | {"logs/multi_mnist/test.json"}
+    with Image.open(pairs.folder / "samples/samples_arrange.png") as picture:
+        assert picture.size == (3 * (8 * 37 - 1), 3 * (8 * 37 - 1))
+
+
+def test_a_pair_counts_only_if_both_digits_are_right(pairs):
+    found = json.loads((pairs.folder / "logs/multi_mnist/test.json").read_text())
+    assert found["images"] == 200 and found["dataset"] == "multi_mnist"
+    assert found["wrong"] == round(200 * (1 - found["accuracy"]))
+    # Guessing finds one digit of a pair more often than both.
+    assert found["accuracy"] < found["digit_accuracy"] < 1
+    assert "both digits right; of single digits" in pairs.results["examined"][1]
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_examining_without_a_checkpoint_says_to_train_first(tmp_path, few):
+    for mode in ("--test", "--reconstruction_test", "--tweak_test"):
+        refused(run(tmp_path, mode, *SMALL), 1, "no checkpoint in checkpoint/mnist", "--train")
+    assert files(tmp_path) == set()
+
+
+def test_a_checkpoint_of_another_shape_is_refused_naming_the_flag(story, few):
+    refused(run(story.folder, "--test", *SMALL, "--digit_dim=5"), 1,
+            "digit_dim is 4 there and 5 here")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, story, few):
+    shutil.copytree(story.folder / "checkpoint", tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint/mnist").glob("*.data*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    for words in ["--test"], ["--train", "--validation_check"]:
+        refused(run(tmp_path, *words, *SMALL), 1, "every checkpoint is damaged", "--restart")
+
+
+def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(tmp_path):
+    name = "train-labels-idx1-ubyte.gz"
+    (tmp_path / "data").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load_dataset", REAL_LOAD)
+        refused(run(tmp_path, "--train"), 1, "train-images-idx3-ubyte.gz",
+                "python download.py mnist")
+        refused(run(tmp_path, "--test", "--dataset=kmnist"), 1, "python download.py kmnist")
+        shutil.copytree(ROOT / "data" / "mnist", tmp_path / "data" / "mnist")
+        content = gzip.decompress((tmp_path / "data/mnist" / name).read_bytes())
+        (tmp_path / "data/mnist" / name).write_bytes(gzip.compress(content[:-1]))
+        refused(run(tmp_path, "--train"), 1, name, "python download.py mnist")
+
+
+def test_images_too_small_for_the_network_are_refused(tmp_path, few, monkeypatch):
+    small = few._replace(x_train=few.x_train[:, :16], x_test=few.x_test[:, :16])
+    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: small)
+    refused(run(tmp_path, "--train", *SMALL), 1, "mnist: ", "17×17")
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("checkpoint_dir", ["--train"]), ("logdir", ["--train"]),
+    ("val_checkpoint_dir", ["--train", "--validation_check"]),
+    ("multi_checkpoint_dir", ["--train", "--multi_MNIST"]),
+    ("logdir", ["--test"]), ("sample_dir", ["--test"]), ("sample_dir", ["--reconstruction_test"]),
+    ("tweak_dir", ["--tweak_test"])])
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_in_the_way_of_a_folder_is_refused_and_kept(tmp_path, story, few, flag, words, below):
+    (tmp_path / "file").write_text("mine")
+    checkpoint = [f"--checkpoint_dir={story.folder / 'checkpoint'}"] * ("--train" not in words)
+    result = run(tmp_path, *words, *SMALL, *checkpoint, f"--{flag}=file{below}")
+    refused(result, 1, "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def stop_at(number, step):
+    def progress(self, at):
+        if at["step"] == step:
+            signal.raise_signal(number)
+    return progress
+
+
+def test_ctrl_c_saves_and_exits_with_130_and_the_unfinished_run_wants_the_same_flags(
+        tmp_path, few, monkeypatch):
+    command = ["--train", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Display, "step", stop_at(signal.SIGINT, 3))
+        code, out, err = run(tmp_path, *command)
+    assert (code, err) == (130, "Stopped, and saved. To go on: the same command again.\n")
+    other = ["--seed=1", "--data_deformation", "--learning_rate=0.01"]
+    refused(run(tmp_path, *command, *other), 1, "unfinished run (step 3 of 5)", "--restart",
+            "data_deformation is False there and True here", "seed is 0 there and 1 here",
+            "learning_rate is 0.001 there and 0.01 here")
+    code, out, err = run(tmp_path, *command, *other, "--restart")
+    assert code == 0 and "Moved the earlier run aside: checkpoint/mnist.1" in out
+    for name in ("checkpoint", "logs"):
+        shutil.rmtree(tmp_path / name / "mnist")
+        (tmp_path / name / "mnist.1").rename(tmp_path / name / "mnist")
+    code, out, err = run(tmp_path, *command)
+    assert code == 0 and "Going on from step 3" in out and "Trained to step 5" in out
+
+
+def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(tmp_path, few):
+    command = ["--train", DATA, *NETWORK, "--train_size=300", "--epoch=6", "--jit=off"]
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *command, "--deterministic"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in child.stdout:
+        if line.startswith("Epoch 1/6 step 1/30"):
+            break
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 143
+    assert err == "Stopped, and saved. To go on: the same command again.\n"
+    step, *_ = model.saved_steps(tmp_path / "checkpoint/mnist")
+    assert 1 <= step < 30
+    code, out, err = run(tmp_path, *command)
+    assert code == 0 and f"Going on from step {step} (" in out and "Trained to step 30" in out
+    assert os.listdir(tmp_path / "logs" / "mnist") == ["train"]
