@@ -138,6 +138,10 @@ def parse(argv):
             raise UsageError(f"--{name} is empty, expected a name")
     if values.restart and not values.train:
         raise UsageError("--restart begins a training anew and needs --train")
+    folder = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
+    if len({os.path.realpath(f) for f in (folder, values.val_checkpoint_dir, values.logdir)}) < 3:
+        raise UsageError("the folders of checkpoints, of the best by validation and of events are "
+                         "the same, expected three different ones")
     if 0 < values.train_size < 6 and values.validation_check:
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
     return values
@@ -255,7 +259,8 @@ def train(run):
     if values.validation_check:
         kept, held_out = utils.split_validation(len(data.labels), values.seed)
         data, validation = data.subset(kept), data.subset(held_out)
-    digest = hashlib.sha256(run.train_data.images.tobytes() + run.train_data.labels.tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(run.train_data.images))
+    digest.update(np.ascontiguousarray(run.train_data.labels))
     facts = {name: getattr(values, name) for name in (
         "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation")}
     if values.multi_MNIST:
@@ -314,7 +319,8 @@ def test(run):
     hit = (labels[:, :, None] == predictions[:, None]).any(axis=2)
     per_class = {name: float(hit[labels == number].mean()) if (labels == number).any() else None
                  for number, name in enumerate(names)}
-    total = found["margin_loss"] + run.flags.reconstruction_weight * found["reconstruction_loss"]
+    weight = run.facts["training"]["reconstruction_weight"]
+    total = found["margin_loss"] + weight * found["reconstruction_loss"]
     result = {
         "accuracy": found["accuracy"], "error_percent": 100 * wrong / len(correct),
         "wrong": wrong, "images": len(correct), "digit_accuracy": float(hit.mean()),
@@ -402,20 +408,18 @@ def tweak_test(run):
     seen = examine(run, data, np.arange(count))
     capsules, chosen = seen["capsules"], seen["predictions"][:, 0]
     dims = capsules.shape[-1]
-    # (digits, dimensions, steps, J, D): the chosen capsule, one dimension of it moved.
-    moved = np.broadcast_to(
-        capsules[:, None, None], (count, dims, len(TWEAKS), *capsules.shape[1:])).copy()
-    for digit, dim in np.ndindex(count, dims):
-        moved[digit, dim, :, chosen[digit], dim] += TWEAKS
-    mask = np.eye(capsules.shape[1], dtype=np.float32)[chosen]
-    mask = np.repeat(mask, dims * len(TWEAKS), axis=0)[:, None]
-    decoded = run.model.decoder(moved.reshape(-1, *capsules.shape[1:]), mask).numpy()
-    decoded = decoded.reshape(count, dims, len(TWEAKS), *decoded.shape[2:])
+    mask = np.eye(capsules.shape[1], dtype=np.float32)[chosen].repeat(len(TWEAKS), axis=0)
+    first = []
     for dim in range(dims):
-        utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded[:, dim], TWEAKS, dim,
+        moved = capsules[:, None].repeat(len(TWEAKS), axis=1)  # (digits, steps, J, D)
+        moved[np.arange(count), :, chosen, dim] += TWEAKS
+        decoded = run.model.decoder(moved.reshape(-1, *capsules.shape[1:]), mask[:, None]).numpy()
+        decoded = decoded.reshape(count, len(TWEAKS), *decoded.shape[2:])
+        first.append(decoded[0])
+        utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded, TWEAKS, dim,
                          [names[c] for c in chosen])
-    utils.save_tweak_overview(folder / "overview.png", decoded[0], TWEAKS, names[chosen[0]])
-    say_written([folder / f"tweak_result_0.png … _{dims - 1}.png", folder / "overview.png"])
+    utils.save_tweak_overview(folder / "overview.png", np.stack(first), TWEAKS, names[chosen[0]])
+    say_written([folder / f"tweak_result_0.png to _{dims - 1}.png", folder / "overview.png"])
 
 
 def say_written(paths):
@@ -439,6 +443,9 @@ def main(argv):
     except UsageError as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
 
 
 def run_modes(values, argv, modes):
@@ -450,6 +457,7 @@ def run_modes(values, argv, modes):
         from model import Interrupted, reason
 
         tf.config.list_physical_devices()
+        tf.get_logger().setLevel("ERROR")
 
     try:
         run = Run(values, argv)
@@ -462,17 +470,19 @@ def run_modes(values, argv, modes):
                 mode(run)
         return 0
     except Interrupted as stop:
-        print("Stopped, and saved. To go on: the same command again.", file=sys.stderr)
+        print("Stopped, and saved. To go on: the same command again"
+              + ", without --restart" * values.restart + ".", file=sys.stderr)
         return 128 + stop.args[0]
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
     except UserError as error:
         print(f"main.py: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"main.py: {place}{error.strerror or error}; choose another folder, or make this one "
               "writable", file=sys.stderr)
+    except MemoryError:
+        print("main.py: out of memory; try a smaller --batch_size or network", file=sys.stderr)
     except tf.errors.OpError as error:
         print(f"main.py: {reason(error)}; what was saved before is as it was", file=sys.stderr)
     return 1

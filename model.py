@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ except ImportError:  # Windows has no flock: there two trainings in one folder a
 KEPT_CHECKPOINTS = 2
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
-READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, UnicodeDecodeError)
+READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, AssertionError)
 
 
 @ops.register
@@ -168,7 +169,7 @@ def examine(model, data, batch, spectra=(None, None)):
 
 
 def compile_forward(model, data, jit):
-    """batch -> what `evaluate` keeps of `examine`, compiled; kernels are transformed beforehand."""
+    """Two compiled functions for `evaluate`: batch, spectra -> what it keeps; and the spectra."""
 
     @tf.function(jit_compile=jit, autograph=False)
     def forward(batch, spectra):
@@ -178,13 +179,12 @@ def compile_forward(model, data, jit):
     return forward, tf.function(model.spectra, jit_compile=jit, autograph=False)
 
 
-def evaluate(compiled, data, plan, on_batch=None):
+def evaluate(compiled, data, plan):
     """Lengths, predictions and losses of all examples of a plan, every one counted once.
 
     Args:
         compiled: of `compile_forward`.
         data, plan: Data and a Plan for it.
-        on_batch: called with how many examples are done, and of how many.
 
     Returns:
         dict: lengths (N, J), predictions (N, K), labels (N, K), correct (N,) and the means
@@ -195,8 +195,6 @@ def evaluate(compiled, data, plan, on_batch=None):
     parts = []
     for batch in batches(data, plan, size):
         parts.append({name: part.numpy() for name, part in forward(batch, spectra).items()})
-        if on_batch:
-            on_batch(min(len(parts) * size, n), n)
     whole = {name: np.concatenate([part[name] for part in parts])[:n] for name in EVALUATED}
     return {
         "lengths": whole["lengths"], "predictions": whole["predictions"],
@@ -231,13 +229,18 @@ def newest_readable(folder, read, report):
     Raises:
         UserError: there are some, and all are damaged.
     """
-    steps = saved_steps(folder)
-    for step in steps:
+    damaged = False
+    for step in saved_steps(folder):
+        for path in Path(folder).glob(f"ckpt-{step}.*"):
+            path.open("rb").close()  # one that may not be read is no damaged one: OSError
         try:
             return read(step), step
         except READ_ERRORS:
+            if (Path(folder) / f"ckpt-{step}_temp").is_dir():
+                continue  # a kill in mid-save: it was never whole
+            damaged = True
             report(f"Checkpoint {folder}/ckpt-{step} is damaged; trying the one before.")
-    if steps:
+    if damaged:
         raise UserError(f"{folder}: every checkpoint is damaged, expected a whole one; "
                         "train again with --train --restart")
     return None, None
@@ -324,16 +327,31 @@ def only_one(folder):
     Raises:
         UserError: another process trains there.
     """
-    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another training runs in {folder}; wait for it, or give another "
-                                "--checkpoint_dir") from None
+                raise UserError(f"another training runs in {folder}; wait for it, or give other "
+                                "folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
+                                ) from None
         yield
+
+
+def claim(folder, checkpoint):
+    """Note in a folder which run writes to it.
+
+    Raises:
+        UserError: another run does, whose checkpoints are elsewhere.
+    """
+    note, mine = folder / "run", os.path.relpath(checkpoint, folder)
+    owner = note.read_text().strip() if note.exists() else mine
+    if owner != mine and (folder / owner).exists():
+        raise UserError(f"{folder} belongs to the run in {folder / owner}; give another --logdir "
+                        "and --val_checkpoint_dir too")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(mine + "\n")
 
 
 def move_aside(folders):
@@ -341,7 +359,7 @@ def move_aside(folders):
     number = 1
     while any(folder.with_name(f"{folder.name}.{number}").exists() for folder in folders):
         number += 1
-    for folder in folders:
+    for folder in reversed(folders):  # the checkpoints last: until they go, a kill changes nothing
         if folder.exists():
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
     return f".{number}"
@@ -384,22 +402,18 @@ class Trainer:
         folders: Folders.
         facts: what else a continued run must share with its beginning (flags' names and values).
         jit: whether XLA compiles the step.
-        strategy: tf.distribute.Strategy, or None for the present one.
         report: takes a line of text for the user.
     """
 
-    def __init__(self, model, data, validation, how, folders, facts, jit=True, strategy=None,
-                 report=print):
+    def __init__(self, model, data, validation, how, folders, facts, jit=True, report=print):
         self.model, self.data, self.validation, self.how = model, data, validation, how
         self.folders, self.jit, self.report = folders, jit, report
-        self.strategy = strategy or tf.distribute.get_strategy()
         self.steps_per_epoch = math.ceil(len(data.labels) / how.batch_size)
         self.facts = {"shape": shape_of(model), "training": how._asdict() | facts}
         schedule = keras.optimizers.schedules.ExponentialDecay(
             how.learning_rate, how.decay_steps, how.decay_rate)
-        with self.strategy.scope():
-            self.optimizer = keras.optimizers.Adam(schedule, name="adam")
-            self.optimizer.build(model.trainable_variables)
+        self.optimizer = keras.optimizers.Adam(schedule, name="adam")
+        self.optimizer.build(model.trainable_variables)
         self.step = 0  # how many are done
         self.sums = np.zeros(4)  # margin, reconstruction, correct and images of this epoch so far
         self.best = math.inf  # the lowest validation loss
@@ -412,13 +426,14 @@ class Trainer:
         self._checkpoint.save_counter.assign(0)
         self._stop_signal = None
         self.train_step = self._compile()  # batch -> margin loss, reconstruction loss, accuracy
-        self._validate = validation and compile_forward(model, validation, jit)
+        if validation:
+            self._validate = compile_forward(model, validation, jit)
+            self._validation_plan = validation.evaluation_plan()
 
     def _compile(self):
         """batch -> (margin loss, reconstruction loss, accuracy), after one step of the optimizer.
 
-        On one replica the step is one program; on several the optimizer, which has to add up
-        gradients between them, runs beside the compiled gradients.
+        The weights of a batch make its losses means over the whole batch, wherever its parts are.
         """
         variables = self.model.trainable_variables
 
@@ -433,18 +448,12 @@ class Trainer:
             values = [v.value for v in variables]
             return tape.gradient(loss, values), tf.stack([margin, reconstruction, correct])
 
-        alone = self.strategy.num_replicas_in_sync == 1
-        compiled = tf.function(gradients, jit_compile=self.jit and not alone, autograph=False)
-
         def step(batch):
-            found, metrics = compiled(batch)
+            found, metrics = gradients(batch)
             self.optimizer.apply(found, variables)
             return metrics
 
-        if alone:
-            return tf.function(step, jit_compile=self.jit, autograph=False)
-        return tf.function(lambda batch: self.strategy.reduce(
-            "sum", self.strategy.run(step, (batch,)), axis=None), autograph=False)
+        return tf.function(step, jit_compile=self.jit, autograph=False)
 
     # What a checkpoint holds besides weights and the optimizer's variables.
 
@@ -463,7 +472,7 @@ class Trainer:
     def _check_finite(self, what, *arrays):
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(f"{what} not finite at step {self.step}; the checkpoints before it are "
-                            "kept: try a lower --learning_rate")
+                            "kept: try a lower --learning_rate, with --restart")
 
     def _write(self, manager, last_step):
         for name, value in self._host_state(last_step).items():
@@ -476,16 +485,17 @@ class Trainer:
                             "command again") from error
 
     def _open_manager(self, folder, keep, good):
-        """A CheckpointManager that knows the checkpoint `good`; all that is not whole goes."""
+        """A CheckpointManager; what came after step `good` goes, being damaged, or cut by a kill."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         older = [s for s in reversed(saved_steps(folder)) if good is not None and s <= good]
         for path in (*folder.glob("ckpt-*"), *folder.glob("checkpoint.tmp*")):
-            if not any(re.fullmatch(rf"ckpt-{s}\.(index|data-.*)", path.name) for s in older):
-                # Left by a kill in mid-save, or found damaged.
-                for part in (path, *path.rglob("*")):
-                    part.is_file() and part.unlink()
-                path.is_dir() and path.rmdir()
+            part = re.fullmatch(r"ckpt-(\d+)(_temp|\.index|\.data-\d+-of-\d+)", path.name)
+            if path.name.startswith("checkpoint.tmp") or (part and part[2] != "_temp"
+                                                          and int(part[1]) not in older):
+                path.unlink()
+            elif part and part[2] == "_temp":
+                shutil.rmtree(path)
         state = folder / "checkpoint"  # what the manager believes; it may be damaged too
         state.unlink(missing_ok=True)
         if older:
@@ -502,29 +512,29 @@ class Trainer:
         """
         folder = self.folders.checkpoint
 
+        mine = self.facts["shape"] | self.facts["training"]
+
         def read(step):
             facts = read_facts(folder, step)
-            differing = differences(
-                facts["shape"] | facts["training"], self.facts["shape"] | self.facts["training"])
-            if restart or differing:
-                return facts, differing
-            _restore(self._checkpoint, folder, step)
-            return facts, None
+            differing = differences(facts["shape"] | facts["training"], mine)
+            if not differing:
+                _restore(self._checkpoint, folder, step)
+            return facts, differing
 
-        found, step = (None, None)
-        if not (restart and saved_steps(folder)):
-            found, step = newest_readable(folder, read, self.report)
-            facts, differing = found or (None, None)
-            if differing and facts["step"] < facts["last_step"]:
+        aside = restart and bool(saved_steps(folder))
+        if not aside:
+            found, _ = newest_readable(folder, read, self.report)
+            if found is None:
+                return
+            facts, aside = found
+            if aside and facts["step"] < facts["last_step"]:
                 raise UserError(f"{folder} holds an unfinished run (step {facts['step']} of "
-                                f"{facts['last_step']}) of other settings: {differing}; give the "
-                                "same flags, or --restart to move it aside, or another "
-                                "--checkpoint_dir")
-        if (restart and saved_steps(folder)) or (found and found[1]):
+                                f"{facts['last_step']}) of other settings: {aside}; give the same "
+                                "flags, or --restart to move it aside, or other folders "
+                                "(--checkpoint_dir, --val_checkpoint_dir, --logdir)")
+        if aside:
             ending = move_aside(self.folders)
             self.report(f"Moved the earlier run aside: {folder}{ending}, {self.folders.logs}{ending}")
-            step = None
-        if step is None:
             return
         self.step = self.restored = int(self._state["step"].numpy())
         self.sums = self._state["sums"].numpy()
@@ -553,19 +563,22 @@ class Trainer:
             UserError: see `resume`; a loss that is not finite; a folder that cannot be written.
             Interrupted: a signal came; the state is saved.
         """
-        with only_one(self.folders.checkpoint), self._signals():
+        with contextlib.ExitStack() as stack:
+            for folder in self.folders:
+                stack.enter_context(only_one(folder))
+            stack.enter_context(self._signals())
             self.resume(restart)
             last_step = epochs * self.steps_per_epoch
             if self.step >= last_step:
                 return False
             if self.restored and on_resume:
                 on_resume(self.restored)
+            claim(self.folders.logs, self.folders.checkpoint)
             self._manager = self._open_manager(
                 self.folders.checkpoint, KEPT_CHECKPOINTS, self.restored)
-            self._best_manager = None
             if self.validation:
-                newest = next(iter(saved_steps(self.folders.best)), None)
-                self._best_manager = self._open_manager(self.folders.best, 1, newest)
+                claim(self.folders.best, self.folders.checkpoint)
+                self._best_manager = self._open_manager(self.folders.best, 1, self._newest_best())
             self._writers = {}
             for name in ("train", "validation") if self.validation else ("train",):
                 # Before the first checkpoint there is nothing that a new beginning would not repeat.
@@ -580,8 +593,20 @@ class Trainer:
                     self._train_epoch(last_step, save_steps, on_step)
             finally:
                 for writer in self._writers.values():
-                    writer.close()
+                    with contextlib.suppress(tf.errors.OpError):  # `save` flushed what counts
+                        writer.close()
             return True
+
+    def _newest_best(self):
+        """Step of the best weights, or None: then the next validation gives the best there are."""
+        best, step = self.folders.best, None
+        with contextlib.suppress(UserError):
+            values = tf.train.Checkpoint(weights={
+                path: tf.Variable(v) for path, v in _by_path(self.model.variables).items()})
+            _, step = newest_readable(best, lambda s: _restore(values, best, s), self.report)
+        if step is None:
+            self.best = math.inf
+        return step
 
     def _train_epoch(self, last_step, save_steps, on_step):
         epoch, start = divmod(self.step, self.steps_per_epoch)
@@ -600,7 +625,7 @@ class Trainer:
                 if number == start:  # the first step compiles, or waits for its first batch
                     began, untimed = time.perf_counter(), start + 1
                 means = self.sums / self.sums[3]
-                on_step({"epoch": epoch + 1, "epochs": -(-last_step // self.steps_per_epoch),
+                on_step({"epoch": epoch + 1, "epochs": last_step // self.steps_per_epoch,
                          "step": self.step, "last_step": last_step, "images_per_second": speed,
                          "seconds_left": (last_step - self.step) * size / speed,
                          "margin_loss": means[0], "reconstruction_loss": means[1],
@@ -640,7 +665,7 @@ class Trainer:
         self.sums = np.zeros(4)
         if not self.validation:
             return
-        found = evaluate(self._validate, data, data.evaluation_plan())
+        found = evaluate(self._validate, data, self._validation_plan)
         with self._writers["validation"].as_default(step=self.step):
             loss = self._scalars(
                 found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
@@ -662,9 +687,12 @@ class Trainer:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                previous[number] = signal.signal(number, note)
+                previous[number] = signal.getsignal(number)
+                signal.signal(number, note)
         try:
             yield
+            if self._stop_signal:  # it came when there was nothing left to train
+                raise Interrupted(self._stop_signal)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
