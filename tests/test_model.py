@@ -690,6 +690,62 @@ def test_a_second_training_in_a_folder_is_refused_while_the_first_runs_and_not_a
 # ---------------------------------------------------------------- numbers that are not finite
 
 
+def test_the_events_and_best_weights_of_another_run_are_not_touched(copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    other = trainer_in(copy)
+    other.folders = other.folders._replace(checkpoint=copy / "elsewhere")
+    with pytest.raises(UserError, match="belongs to the run in .*checkpoint.*--logdir"):
+        other.fit(2)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_without_its_best_weights_a_run_takes_the_next_ones_as_best(copy):
+    shutil.rmtree(copy / "best")
+    trainer = trainer_in(copy)
+    trainer.fit(3)
+    assert model.saved_steps(copy / "best") == [18]
+    assert np.isfinite(trainer.best)
+
+
+def test_leftovers_of_a_killed_save_go_and_files_of_the_users_own_stay(copy):
+    folder = copy / "checkpoint"
+    (folder / "ckpt-99_temp").mkdir()
+    (folder / "ckpt-99_temp" / "part-0").write_bytes(b"half")
+    (folder / "ckpt-99.data-00000-of-00001").write_bytes(b"half")
+    (folder / "checkpoint.tmp123").write_bytes(b"half")
+    (folder / "ckpt-backup" / "deep").mkdir(parents=True)
+    (folder / "ckpt-12-good.index").write_bytes(b"mine")
+    trainer_in(copy).fit(3)
+    names = {path.name for path in folder.iterdir()}
+    assert {"ckpt-backup", "ckpt-12-good.index"} < names
+    assert not any("99" in name or "tmp" in name for name in names)
+
+
+def test_a_kill_in_the_very_first_save_is_no_damage(tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "ckpt-5_temp").mkdir(parents=True)
+    (folder / "ckpt-5.index").write_bytes(b"half")
+    said = []
+    trainer_in(tmp_path, report=said.append).fit(1)
+    assert model.saved_steps(folder)[0] == 6 and not any("damaged" in line for line in said)
+
+
+def test_a_kill_while_a_run_is_moved_aside_leaves_its_checkpoints_for_the_next_try(
+        copy, monkeypatch):
+    rename, done = Path.rename, []
+
+    def killed(self, target):
+        if self.name == "checkpoint":
+            raise Crash
+        done.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Crash):
+        trainer_in(copy).fit(1, restart=True)
+    assert done == ["logs", "best"] and model.saved_steps(copy / "checkpoint") == [12, 10]
+
+
 def spoil_at(trainer, step):
     def on_step(at):
         if at["step"] == step:
