@@ -172,10 +172,12 @@ class Display:
     def __init__(self):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
-                            TextColumn("{task.fields[text]}"), console=self.console)
+                            TextColumn("{task.fields[text]}", table_column=Column()),  # may wrap
+                            console=self.console)
         self.task, self.printed = None, -math.inf
 
     def __enter__(self):

@@ -346,8 +346,8 @@ def claim(folder, checkpoint):
         UserError: another run does, whose checkpoints are elsewhere.
     """
     note, mine = folder / "run", os.path.relpath(checkpoint, folder)
-    owner = note.read_text().strip() if note.exists() else mine
-    if owner != mine and (folder / owner).exists():
+    owner = note.read_text().strip() if note.exists() else ""
+    if owner not in ("", mine) and (folder / owner).exists():  # "": a kill while it was written
         raise UserError(f"{folder} belongs to the run in {folder / owner}; give another --logdir "
                         "and --val_checkpoint_dir too")
     folder.mkdir(parents=True, exist_ok=True)
