@@ -124,7 +124,7 @@ def parse(argv):
                 define(name, default, text, flag_values=values)
     try:
         stray = values(argv)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
         raise UsageError(" ".join(str(error).split()) + "; see --help") from None
     if stray:
         raise UsageError(f"stray word {stray[0]!r}, expected only flags: write --flag=value, and "
