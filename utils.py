@@ -60,10 +60,11 @@ def write_json(path, obj):
 
 
 def keep_big_buffers():
-    """Make glibc keep freed memory: handing every large buffer back costs a third of a step.
+    """Makes glibc keep freed memory, in huge pages: handing it back costs a third of a step.
 
-    All threads share one arena, which grows by the heap alone and is not trimmed. Elsewhere than on
-    Linux with glibc nothing happens.
+    All threads share one arena, which grows by the heap alone and is not trimmed. The heap is grown
+    once, marked, and freed untouched, so that no memory is taken before it is used. Elsewhere than
+    on Linux with glibc nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -73,6 +74,13 @@ def keep_big_buffers():
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 * 2**20)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    size, page, madv_hugepage = 1900 * 2**20, 2**21, 14  # below the threshold; mman.h
+    if heap := libc.malloc(size):
+        libc.madvise(-(-heap // page) * page, size - 2 * page, madv_hugepage)
+        libc.free(heap)
 
 
 # ---------------------------------------------------------------- data sets
