@@ -93,6 +93,7 @@ class UsageError(Exception):
 
 
 def help_text():
+    """Examples, then all flags by purpose."""
     lines = [__doc__.strip()]
     for group, rows in FLAGS.items():
         lines.append(f"\n{group}:")
@@ -253,6 +254,7 @@ class Run:
 
 
 def train(run):
+    """Train or go on; prints where the weights are and what to do next. Raises UserError."""
     values, model = run.flags, run.library
     if values.multi_MNIST and values.data_deformation:
         print("--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
@@ -294,15 +296,18 @@ def train(run):
 
 
 def flag_table(values):
+    """The flags as a Markdown table, for TensorBoard."""
     return "\n".join(["| flag | value |", "|---|---|"]
                      + [f"| {name} | {value} |" for name, value in flag_values(values).items()])
 
 
 def flag_values(values):
+    """Name -> value of all flags."""
     return {name: getattr(values, name) for rows in FLAGS.values() for name, *_ in rows}
 
 
 def test(run):
+    """Measure all test images; prints it, writes LOGDIR/RUN/test.json and the pictures of errors."""
     import keras
     import tensorflow as tf
 
@@ -380,6 +385,7 @@ def examine(run, data, chosen, plan=None):
 
 
 def reconstruction_test(run):
+    """Draw one batch of test images and its reconstructions with both masks (section 4.1)."""
     data, names = run.test_data, run.dataset.class_names
     count = min(GRID_IMAGES, len(data.labels))
     seen = examine(run, data, np.arange(count))
@@ -405,6 +411,7 @@ def reconstruction_test(run):
 
 
 def tweak_test(run):
+    """Draw the reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
     data, names, folder = run.test_data, run.dataset.class_names, Path(run.flags.tweak_dir)
     count = min(run.flags.tweak_num, len(data.labels))
     seen = examine(run, data, np.arange(count))

@@ -101,16 +101,20 @@ class Data(NamedTuple):
     overlap: bool = False  # two digits laid over each other
 
     def canvas_shape(self):
+        """(H', W', C) of the composed images."""
         _, height, width, channels = self.images.shape
         return (height + 2 * self.margin, width + 2 * self.margin, channels)
 
     def subset(self, indices):
+        """The same with only these images."""
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def training_plan(self, seed, epoch):
+        """Plan of an epoch, see `utils.training_plan`."""
         return training_plan(self.labels, seed, epoch, self.max_shift, self.overlap)
 
     def evaluation_plan(self, pairs_per_image=1):
+        """Plan of an evaluation, see `utils.evaluation_plan`."""
         return evaluation_plan(self.labels, self.max_shift, self.overlap, pairs_per_image)
 
 
