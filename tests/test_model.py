@@ -414,7 +414,11 @@ def test_a_signal_saves_after_the_running_step_and_leaves_the_old_handlers(tmp_p
     assert later.fit(1) and later.restored == 3 and later.step == 6
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path, request):
+    # Started in the background by a shell, this process would ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def on_step(at):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
