@@ -334,10 +334,12 @@ def test_validation_images_come_from_the_training_images_and_only_training_ones_
 
     monkeypatch.setattr(model, "Trainer", Spy)
     refused(run(tmp_path, "--train", "--validation_check", "--data_deformation", *SMALL), 1)
-    data, validation = seen
+    refused(run(tmp_path, "--train", *SMALL), 1)
+    data, validation, plain, nothing = seen
+    assert nothing is None and not plain.training_plan(0, 0).shift.any()
     assert (len(data.labels), len(validation.labels)) == (250, 50)
     number = {image.tobytes(): i for i, image in enumerate(few.x_train[:300])}
-    kept, held_out = ([number[image.tobytes()] for image in part.images] for part in seen)
+    kept, held_out = ([number[image.tobytes()] for image in part.images] for part in seen[:2])
     assert sorted(kept + held_out) == list(range(300))
     for part, numbers in (data, kept), (validation, held_out):
         np.testing.assert_array_equal(part.labels, few.y_train[numbers])

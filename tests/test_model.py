@@ -246,8 +246,10 @@ def examined_alone(net, data, index, shift):
 
 
 @pytest.mark.parametrize("overlap, jit", [(False, True), (True, False)])
-def test_evaluation_counts_every_image_and_equals_a_loop_over_single_ones(overlap, jit):
-    n = model.EVALUATION_BATCH + 22
+def test_evaluation_counts_every_image_and_equals_a_loop_over_single_ones(
+        overlap, jit, monkeypatch):
+    monkeypatch.setattr(model, "EVALUATION_BATCH", 16)
+    n = 45
     data = blobs(n, overlap)
     net, plan = network(data), data.evaluation_plan()
     found = model.evaluate(model.compile_forward(net, data, jit), data, plan)
@@ -351,7 +353,7 @@ def test_the_validation_in_the_events_is_that_of_the_unshifted_validation_images
 
 
 def test_the_best_folder_holds_the_step_with_the_lowest_validation_loss(tmp_path, monkeypatch):
-    losses = iter([0.5, 0.3, 0.3, 0.2, 0.4])
+    losses = iter([0.5, 0.3, 0.3, 0.2, 0.4, 0.3])
 
     def evaluate(compiled, data, plan):
         assert not plan.shift.any() and len(plan.index) == 9
@@ -365,11 +367,22 @@ def test_the_best_folder_holds_the_step_with_the_lowest_validation_loss(tmp_path
     assert model.saved_steps(tmp_path / "best") == [24]
     assert ["the best so far" in line for line in lines] == [True, True, False, True, False]
     assert model.read_facts(tmp_path / "best", 24)["step"] == 24
+    trainer_in(tmp_path).fit(6)  # a resumed run knows how good the best was
+    assert model.saved_steps(tmp_path / "best") == [24]
 
 
-def test_progress_reports_running_means_of_the_epoch_by_images(tmp_path):
+def test_progress_reports_running_means_of_the_epoch_by_images_also_when_resumed(tmp_path):
     seen = []
-    trainer_in(tmp_path, validation=False).fit(2, on_step=seen.append)
+
+    def on_step(at):
+        seen.append(at)
+        if len(seen) == 4:
+            raise Crash
+
+    with pytest.raises(Crash):
+        trainer_in(tmp_path, validation=False).fit(2, save_steps=3, on_step=on_step)
+    seen.pop()  # the step that is lost, and done again
+    trainer_in(tmp_path, validation=False).fit(2, save_steps=3, on_step=seen.append)
     assert [(at["epoch"], at["step"], at["last_step"]) for at in seen] == [
         (1 + step // 6, step + 1, 12) for step in range(12)]
     logged = [value for _, value in events(tmp_path / "logs")["train", "loss/margin"]]
@@ -602,8 +615,8 @@ def test_if_every_checkpoint_is_damaged_that_is_said_and_restart_moves_them_asid
     assert model.saved_steps(copy / "checkpoint.1") == [12, 10]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff\xfe\x00\x80", None])
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("content, saved", [
+    (b"", True), (b"garbage", True), (None, True), (b"\xff\xfe\x00\x80", False)])
 def test_the_small_file_that_lists_the_checkpoints_may_be_lost_or_garbage(copy, content, saved):
     folder = copy / "checkpoint"
     (folder / "checkpoint").unlink()
@@ -759,7 +772,7 @@ def spoil_at(trainer, step):
     return on_step
 
 
-@pytest.mark.parametrize("spoiled, saved, named", [(4, 3, 5), (6, 3, 6), (11, 9, 12), (12, 9, 12)])
+@pytest.mark.parametrize("spoiled, saved, named", [(4, 3, 5), (6, 3, 6), (12, 9, 12)])
 def test_numbers_that_are_not_finite_stop_the_training_and_are_never_saved(
         tmp_path, spoiled, saved, named):
     trainer = trainer_in(tmp_path, validation=False)
