@@ -19,7 +19,7 @@ from utils import Plan, UserError
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"n_conv": 5, "n_primary": 2, "primary_dim": 3, "digit_dim": 4, "kernel_size": 3,
-         "decoder_units": (6, 7)}
+         "decoder_units": (6,), "routing_iterations": 2}
 SCALARS = ["loss/total", "loss/margin", "loss/reconstruction", "accuracy"]
 
 
@@ -136,6 +136,7 @@ def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes():
         model.CapsNet((16, 30, 1), 10)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside Keras
 def test_a_network_saved_by_keras_is_loaded_with_the_same_outputs(tmp_path):
     net, images = network(blobs(1)), blobs(4).images / np.float32(255)
     net.save(tmp_path / "net.keras")
@@ -295,7 +296,7 @@ def test_the_uneven_last_batch_has_the_loss_and_gradient_of_its_real_images_alon
     for losses in filled.train_step(last).numpy(), small.train_step(alone).numpy():
         np.testing.assert_allclose(losses, [margin, reconstruction, correct], rtol=1e-4)
     one, other = momentum(filled), momentum(small)
-    assert one.keys() == other.keys() and len(one) == 11
+    assert one.keys() == other.keys() and len(one) == 9
     for path in one:
         assert np.abs(one[path]).max() > 0
         np.testing.assert_allclose(one[path], other[path], rtol=1e-3, atol=1e-8)
