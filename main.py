@@ -289,7 +289,7 @@ def train(run):
           f"{run.folders.checkpoint}.")
     if not (values.test or values.tweak_test or values.reconstruction_test):
         # The same flags, since they say which network and which run.
-        kept = [values[name].serialize() for name in flag_values(values)
+        kept = [values[name].serialize() for name in values
                 if values[name].present and name not in (*MODES, "epoch", "restart")]
         print("Next: python main.py --test --reconstruction_test --tweak_test "
               + shlex.join(kept))
@@ -297,13 +297,8 @@ def train(run):
 
 def flag_table(values):
     """The flags as a Markdown table, for TensorBoard."""
-    return "\n".join(["| flag | value |", "|---|---|"]
-                     + [f"| {name} | {value} |" for name, value in flag_values(values).items()])
-
-
-def flag_values(values):
-    """Name -> value of all flags."""
-    return {name: getattr(values, name) for rows in FLAGS.values() for name, *_ in rows}
+    rows = [f"| {name} | {value} |" for name, value in values.flag_values_dict().items()]
+    return "\n".join(["| flag | value |", "|---|---|", *rows])
 
 
 def test(run):
@@ -314,8 +309,7 @@ def test(run):
     data, names = run.test_data, run.dataset.class_names
     plan = data.evaluation_plan()
     compiled = run.library.compile_forward(run.model, data, run.jit)
-    first = plan._replace(index=plan.index[:run.library.EVALUATION_BATCH],
-                          shift=plan.shift[:run.library.EVALUATION_BATCH])
+    first = plan.take(slice(run.library.EVALUATION_BATCH))
     run.library.evaluate(compiled, data, first)  # compiles, so that the speed below is without
     began = time.perf_counter()
     found = run.library.evaluate(compiled, data, plan)
@@ -335,7 +329,7 @@ def test(run):
         "total_loss": total, "accuracy_per_class": per_class,
         "images_per_second": len(correct) / seconds, "dataset": run.name,
         "checkpoint_step": run.facts["step"], "seed": run.facts["training"]["seed"],
-        "training": run.facts["training"], "flags": flag_values(run.flags),
+        "training": run.facts["training"], "flags": run.flags.flag_values_dict(),
         "command": shlex.join(run.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
@@ -378,7 +372,7 @@ def save_multi_sheet(run, plan, found):
 def examine(run, data, chosen, plan=None):
     """`model.examine` of the examples with these numbers in the plan of the test, as arrays."""
     plan = data.evaluation_plan() if plan is None else plan
-    plan = plan._replace(index=plan.index[chosen], shift=plan.shift[chosen])
+    plan = plan.take(chosen)
     batch = next(iter(run.library.batches(data, plan, len(plan.index))))
     seen = run.library.examine(run.model, data, batch)
     return {name: value.numpy() for name, value in seen.items()} | {"labels": batch[2].numpy()}

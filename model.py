@@ -515,7 +515,6 @@ class Trainer:
             UserError: an unfinished run of other settings is there.
         """
         folder = self.folders.checkpoint
-
         mine = self.facts["shape"] | self.facts["training"]
 
         def read(step):
@@ -659,7 +658,7 @@ class Trainer:
     def _end_epoch(self, last_step):
         """Pictures, validation, and the best weights so far; all before the epoch's checkpoint."""
         data = self.validation or self.data
-        plan = Plan(*(part[:32] for part in data.evaluation_plan()))
+        plan = data.evaluation_plan().take(slice(32))
         seen = examine(self.model, data, next(iter(batches(data, plan, len(plan.index)))))
         pairs = np.stack([seen["canvas"], np.max(seen["with_label"], axis=1)], axis=1)
         rows = [np.concatenate(list(pair), axis=0) for pair in pairs]  # an input over its image

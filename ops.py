@@ -16,6 +16,7 @@ import tensorflow as tf
 EPSILON = 1e-9  # inside every root: the gradient of a norm at 0 would be NaN without it
 M_PLUS, M_MINUS, LAMBDA = 0.9, 0.1, 0.5  # eq. 4
 CONV_METHODS = ("direct", "dft")
+PATCH_CHANNELS = 4  # up to so many, products with patches are faster than spectra
 
 
 def register(cls):
@@ -241,13 +242,12 @@ def dft_conv2d(images, spectrum, plan):
     s, (rows, columns), (down, across) = plan.stride, plan.tile, plan.tiles
     grid = [n + t - 1 for n, t in zip(plan.tile, plan.taps)]
     c, o = images.shape[-1], spectrum.shape[-1]
-    for axis in (0, 1):  # cut to what the outputs see, or fill up the last tile with zeros
-        size = s * (plan.tiles[axis] * plan.tile[axis] + plan.taps[axis] - 1)
-        images = images[:, :size] if axis == 0 else images[:, :, :size]
-        missing = [[0, 0]] * 4
-        missing[axis + 1] = [0, size - images.shape[axis + 1]]
-        images = tf.pad(images, missing)
-    phases = tf.reshape(images, (-1, images.shape[1] // s, s, images.shape[2] // s, s, c))
+    # Cut to what the outputs see, or fill up the last tile with zeros.
+    height, width = (s * (n * t + k - 1) for n, t, k in zip(plan.tiles, plan.tile, plan.taps))
+    images = images[:, :height, :width]
+    missing = height - images.shape[1], width - images.shape[2]
+    images = tf.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+    phases = tf.reshape(images, (-1, height // s, s, width // s, s, c))
     phases = tf.stack([phases[:, i * rows :][:, : grid[0]] for i in range(down)], axis=1)
     phases = tf.stack(
         [phases[:, :, :, :, i * columns :][:, :, :, :, : grid[1]] for i in range(across)], axis=2
@@ -311,21 +311,22 @@ class Convolution(keras.layers.Layer):
         *size, channels = input_shape[1:]
         k = self.kernel_size
         self.plan = conv_plan(tuple(size), (k, k), self.stride)
+        self.way = "patches" if self.method == "dft" and channels <= PATCH_CHANNELS else self.method
         self.kernel = self.add_weight(shape=(k, k, channels, self.filters), name="kernel")
         self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
 
     def spectrum(self):
         """What of the kernel can be computed once for many calls, or None."""
-        if self.method == "direct" or self.kernel.shape[2] <= 4:
+        if self.way != "dft":
             return None
         return kernel_spectrum(tf.convert_to_tensor(self.kernel), self.plan)
 
     def call(self, images, spectrum=None):
         """(B, H, W, C) -> (B, rows, columns, filters); `spectrum` from the method of that name."""
         kernel = tf.convert_to_tensor(self.kernel)
-        if self.method == "direct":
+        if self.way == "direct":
             y = tf.nn.conv2d(images, kernel, self.stride, "VALID")
-        elif self.kernel.shape[2] <= 4:
+        elif self.way == "patches":
             y = patches_conv2d(images, kernel, self.stride)
         else:
             spectrum = kernel_spectrum(kernel, self.plan) if spectrum is None else spectrum

@@ -195,6 +195,10 @@ class Plan(NamedTuple):
     index: np.ndarray
     shift: np.ndarray
 
+    def take(self, chosen):
+        """The plan of only these examples, given as a slice or as their numbers."""
+        return Plan(self.index[chosen], self.shift[chosen])
+
 
 def random_stream(seed, epoch, purpose):
     """A generator that depends on (seed, epoch, purpose) alone; different triples, other numbers.
