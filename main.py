@@ -302,7 +302,7 @@ def flag_table(values):
 
 
 def test(run):
-    """Measure all test images; prints it, writes LOGDIR/RUN/test.json and the pictures of errors."""
+    """Measure all test images; prints it, writes LOGDIR/RUN/test.json and pictures of errors."""
     import keras
     import tensorflow as tf
 

@@ -489,7 +489,7 @@ class Trainer:
                             "command again") from error
 
     def _open_manager(self, folder, keep, good):
-        """A CheckpointManager; what came after step `good` goes, being damaged, or cut by a kill."""
+        """A CheckpointManager; what came after step `good` goes: it is damaged, or cut by a kill."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         older = [s for s in reversed(saved_steps(folder)) if good is not None and s <= good]
@@ -537,7 +537,8 @@ class Trainer:
                                 "(--checkpoint_dir, --val_checkpoint_dir, --logdir)")
         if aside:
             ending = move_aside(self.folders)
-            self.report(f"Moved the earlier run aside: {folder}{ending}, {self.folders.logs}{ending}")
+            self.report(f"Moved the earlier run aside: {folder}{ending}, "
+                        f"{self.folders.logs}{ending}")
             return
         self.step = self.restored = int(self._state["step"].numpy())
         self.sums = self._state["sums"].numpy()
@@ -584,7 +585,7 @@ class Trainer:
                 self._best_manager = self._open_manager(self.folders.best, 1, self._newest_best())
             self._writers = {}
             for name in ("train", "validation") if self.validation else ("train",):
-                # Before the first checkpoint there is nothing that a new beginning would not repeat.
+                # Before the first checkpoint there is nothing that a new start would not repeat.
                 cut_events(self.folders.logs / name, -1 if self.restored is None else self.step)
                 self._writers[name] = tf.summary.create_file_writer(str(self.folders.logs / name))
             if self.step == 0:

@@ -68,7 +68,7 @@ def routing(u_hat, iterations, on_coupling=None):
     u_hat = tf.cast(u_hat, tf.float32)
     b = tf.zeros_like(u_hat[..., 0])[:, :, None]  # line 2: (B, J, 1, I)
     for r in range(iterations):
-        # Line 4, eq. 3: over the upper capsules. Of zeros it is 1/J, which XLA would take long to find.
+        # Line 4, eq. 3: over the upper capsules. Of zeros it is 1/J; XLA would fold it slowly.
         c = tf.nn.softmax(b, axis=1) if r else tf.fill(tf.shape(b), 1.0 / u_hat.shape[1])
         if on_coupling:
             on_coupling(c)

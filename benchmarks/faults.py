@@ -59,7 +59,8 @@ def outcome(folder, run="mnist"):
     import model
 
     checkpoints = folder / "checkpoint" / run
-    reader = tf.train.load_checkpoint(str(checkpoints / f"ckpt-{model.saved_steps(checkpoints)[0]}"))
+    newest = f"ckpt-{model.saved_steps(checkpoints)[0]}"
+    reader = tf.train.load_checkpoint(str(checkpoints / newest))
     weights = hashlib.sha256()
     for name in sorted(reader.get_variable_to_shape_map()):
         if name.startswith(("weights/", "optimizer/", "sums/", "best/", "step/")):
