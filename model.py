@@ -24,6 +24,7 @@ except ImportError:  # Windows has no flock: there two trainings in one folder a
     fcntl = None
 
 KEPT_CHECKPOINTS = 2
+ROUTED_AT_ONCE = 16  # images, where weights rest on a CPU: their votes fit in its cache
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
 READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, AssertionError)
@@ -76,7 +77,8 @@ class CapsNet(keras.Model):
 
     def capsules(self, images, spectra=(None, None)):
         """The digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
-        return self.digits(self.primary(self.conv1(images, spectra[0]), spectra[1]))
+        u = self.primary(self.conv1(images, spectra[0]), spectra[1])
+        return self.digits(u, at_once=None if spectra[1] is None else ROUTED_AT_ONCE)
 
     def spectra(self):
         """The transformed kernels, which `capsules` takes when the weights rest."""

@@ -138,7 +138,27 @@ def compose(digits, shift, margin):
     return tf.minimum(tf.reduce_sum(moved, axis=1), 1.0), moved
 
 
-# --- Convolution in the frequency domain ---------------------------------------------------------
+# --- Convolution by products of spectra -----------------------------------------------------------
+
+# Real points to evaluate polynomials at, by number; conjugate pairs on the unit circle complete
+# them. 1 and 2 make the DFT. The factors are those of the smallest error on 5 to 24 points.
+REAL_POINTS = {
+    1: (1.0,), 2: (1.0, -1.0), 3: (0.0, 1.0, -1.0), 4: (0.0, np.inf, 1.0, -1.0),
+    5: (0.0, 1.26, -1.26, 1 / 1.26, -1 / 1.26), 6: (0.0, np.inf, 1.26, -1.26, 1 / 1.26, -1 / 1.26),
+    7: (0.0, 1.0, -1.0, 1.67, -1.67, 1 / 1.67, -1 / 1.67),
+    8: (0.0, np.inf, 1.0, -1.0, 1.67, -1.67, 1 / 1.67, -1 / 1.67),
+}
+ERROR_LIMIT = 7  # times the rounding errors of the DFT; see `AxisTransform.error`
+
+
+class AxisTransform(NamedTuple):
+    """Evaluation of image and kernel at N points along one axis, and the way back to outputs."""
+
+    of_image: np.ndarray  # (N, N) complex
+    of_kernel: np.ndarray  # (N, taps) complex
+    to_output: np.ndarray  # (outputs, N) complex
+    reals: int  # that many real points, then pairs of a complex point and its conjugate
+    error: float  # standard deviation of rounding errors of the outputs, 1 for the DFT
 
 
 class ConvPlan(NamedTuple):
@@ -159,8 +179,11 @@ def conv_plan(image_size, kernel_size, stride):
     """Choose the tile that takes the least time, and the constant matrices of its transforms.
 
     A valid convolution with stride s is a stride-1 one of the s×s phases of image and kernel, with
-    taps = ⌈kernel/s⌉. On a grid of N ≥ outputs + taps − 1 points it is a product of spectra without
-    wrap-around (Mathieu, Henaff, LeCun, arXiv:1312.5851).
+    taps = ⌈kernel/s⌉. Outputs of a tile and taps are related as the factors of a product of two
+    polynomials with N = outputs + taps − 1 coefficients, so values at N points are enough to
+    compute it by as many multiplications: the roots of unity make it the DFT (Mathieu, Henaff,
+    LeCun, arXiv:1312.5851), small real points Winograd's minimal filtering (Lavin, Gray,
+    arXiv:1509.09308), which needs fewer real products but is less exact. Here both are mixed.
 
     Args:
         image_size, kernel_size: (rows, columns) in pixels.
@@ -179,43 +202,79 @@ def conv_plan(image_size, kernel_size, stride):
         # backward, transforms of the images, and passes over the kernel's spectrum.
         points = (tile[0] + taps[0] - 1) * (tile[1] + taps[1] - 1)
         count = -(-outputs[0] // tile[0]) * -(-outputs[1] // tile[1])
-        return points * (count * (384 + points) + 270)
+        products = _n_products(*_grid_transforms(tile, taps))
+        return products * (count * (384 + points) + 270)
 
     sizes = [range(1, min(n, 24) + 1) for n in outputs]
     tile = min(((y, x) for y in sizes[0] for x in sizes[1]), key=cost)
     tiles = tuple(-(-n // t) for n, t in zip(outputs, tile))
-    matrices = _dft_matrices(tuple(n + t - 1 for n, t in zip(tile, taps)), taps, tile)
-    return ConvPlan(stride, taps, outputs, tile, tiles, *matrices)
+    return ConvPlan(stride, taps, outputs, tile, tiles, *_grid_matrices(tile, taps))
 
 
-def _dft_matrices(grid, taps, outputs):
+@functools.lru_cache
+def _axis_transforms(outputs, taps):
+    """An AxisTransform for each set of real points that is possible."""
+    n, found = outputs + taps - 1, []
+    for reals, values in REAL_POINTS.items():
+        pairs, odd = divmod(n - reals, 2)
+        if odd or pairs < 0:
+            continue
+        upper = np.exp(1j * np.pi * np.arange(1, pairs + 1) / (pairs + (0.5 if reals == 1 else 1)))
+        points = np.concatenate([values, np.stack([upper, upper.conj()], axis=1).ravel()])
+
+        def evaluation(size, points=points):  # (points, coefficients); at ∞ the last coefficient
+            powers = np.where(np.isinf(points), 0, points)[:, None] ** np.arange(size)
+            return np.where(np.isinf(points)[:, None], np.arange(size) == size - 1, powers)
+
+        of_image, of_kernel = np.linalg.inv(evaluation(n)).T, evaluation(taps)
+        scale = np.abs(of_image).max(axis=1)  # so that the factors are of one magnitude
+        of_image, to_output = of_image / scale[:, None], evaluation(outputs).T * scale
+        power = (np.abs(of_image) ** 2).sum(axis=1) * (np.abs(of_kernel) ** 2).sum(axis=1)
+        error = np.sqrt((np.abs(to_output) ** 2 @ power).max() / taps)
+        found.append(AxisTransform(of_image, of_kernel, to_output, reals, error))
+    return found
+
+
+def _n_products(rows, columns):
+    """Real products for one value of each pair of conjugates: 1 of reals, 3 of complex ones."""
+    both = rows.reals * columns.reals
+    return both + 3 * (len(rows.of_image) * len(columns.of_image) - both) // 2
+
+
+@functools.lru_cache
+def _grid_transforms(tile, taps):
+    """The two AxisTransforms with the fewest products whose errors stay below the limit."""
+    pairs = ((y, x) for y in _axis_transforms(tile[0], taps[0])
+             for x in _axis_transforms(tile[1], taps[1]) if y.error * x.error <= ERROR_LIMIT)
+    return min(pairs, key=lambda pair: _n_products(*pair))
+
+
+def _grid_matrices(tile, taps):
     """Rows that take images and kernels to the factors of the products, products to outputs.
 
-    Of the real 2-D DFT only one bin of each conjugate pair is kept. With X = a + ib the image's
-    value in a bin and K = c − id the kernel's, a correlation needs Y = X·K̄ = (a + ib)(c + id),
-    which takes three real products (Gauss): p₁ = (a+b)c, p₂ = a(d−c), p₃ = b(c+d), with
-    Re Y = p₁ − p₃ and Im Y = p₁ + p₂. Where the spectrum is real, a·c alone is left.
+    With X = a + ib the image's value at a complex point and K = c + id the kernel's, X·K takes
+    three real products (Gauss): p₁ = (a+b)c, p₂ = a(d−c), p₃ = b(c+d), with Re = p₁ − p₃ and
+    Im = p₁ + p₂. The conjugate point adds the conjugate, so twice the real part counts.
     """
+    rows, columns = _grid_transforms(tile, taps)
     of_image, of_kernel, to_output = [], [], []
-
-    def angles(u, v, size):
-        rows, columns = u * np.arange(size[0]) / grid[0], v * np.arange(size[1]) / grid[1]
-        return 2 * np.pi * np.add.outer(rows, columns).ravel()
-
-    for u, v in np.ndindex(*grid):
-        mirrored = (-u % grid[0], -v % grid[1])
-        if (u, v) > mirrored:
+    for u, v in np.ndindex(len(rows.of_image), len(columns.of_image)):
+        first_complex = u - rows.reals if u >= rows.reals else v - columns.reals
+        if first_complex >= 0 and first_complex % 2:
+            continue  # a conjugate
+        x = np.outer(rows.of_image[u], columns.of_image[v]).ravel()
+        k = np.outer(rows.of_kernel[u], columns.of_kernel[v]).ravel()
+        y = np.outer(rows.to_output[:, u], columns.to_output[:, v]).ravel()
+        if first_complex < 0:
+            of_image, of_kernel, to_output = of_image + [x], of_kernel + [k], to_output + [y]
             continue
-        own = (u, v) == mirrored
-        weight = (1 if own else 2) / (grid[0] * grid[1])
-        a, b = np.cos(angles(u, v, grid)), -np.sin(angles(u, v, grid))
-        c, d = np.cos(angles(u, v, taps)), np.sin(angles(u, v, taps))
-        re, im = weight * np.cos(angles(u, v, outputs)), -weight * np.sin(angles(u, v, outputs))
-        of_image += [a] if own else [a + b, a, b]
-        of_kernel += [c] if own else [c, d - c, c + d]
-        to_output += [re] if own else [re + im, im, -re]
+        a, b, c, d = x.real, x.imag, k.real, k.imag
+        re, im = 2 * y.real, -2 * y.imag
+        of_image += [a + b, a, b]
+        of_kernel += [c, d - c, c + d]
+        to_output += [re + im, im, -re]
     matrices = of_image, of_kernel, np.transpose(to_output)
-    return tuple(np.asarray(m, np.float32) for m in matrices)
+    return tuple(np.asarray(np.real(m), np.float32) for m in matrices)
 
 
 def kernel_spectrum(kernel, plan):
@@ -399,9 +458,18 @@ class DigitCapsules(keras.layers.Layer):
             name="W",
         )
 
-    def call(self, u):
-        """(B, I, C) -> (B, J, D)"""
-        return routing(votes(u, tf.convert_to_tensor(self.W)), self.iterations)
+    def call(self, u, at_once=None):
+        """(B, I, C) -> (B, J, D); B, if it is a multiple of `at_once`, in parts of so many images,
+        whose votes stay in the cache (faster on a CPU, but not where gradients follow)."""
+        weights = tf.convert_to_tensor(self.W)
+
+        def upper(u):
+            return routing(votes(u, weights), self.iterations)
+
+        if not at_once or not u.shape[0] or u.shape[0] % at_once:
+            return upper(u)
+        v = tf.map_fn(upper, tf.reshape(u, (-1, at_once, *u.shape[1:])))
+        return tf.reshape(v, (-1, *v.shape[2:]))
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.n_capsules, self.dim)
