@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from utils import Plan, UserError, evaluation_plan, image_grid, training_plan
+from utils import UserError, evaluation_plan, image_grid, training_plan
 
 try:
     import fcntl
@@ -24,6 +24,7 @@ except ImportError:  # Windows has no flock: there two trainings in one folder a
     fcntl = None
 
 KEPT_CHECKPOINTS = 2
+AGREEING_STEPS = 10  # after so many, workers ask each other whether one is to stop
 ROUTED_AT_ONCE = 16  # images, where weights rest on a CPU: their votes fit in its cache
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
@@ -120,30 +121,41 @@ class Data(NamedTuple):
         return evaluation_plan(self.labels, self.max_shift, self.overlap, pairs_per_image)
 
 
-def batches(data, plan, batch_size, start=0):
+def batches(data, plan, batch_size, start=0, strategy=None):
     """The batches of a plan from number `start` on, prepared ahead of their use.
 
     The last one is filled up with images of weight zero, so that all have one shape; the weights of
-    the others are 1 / their number, so that a weighted sum is the mean, on however many replicas.
+    the others are 1 / their number, so that a weighted sum is the mean. A strategy's replicas get
+    consecutive parts of each batch, the last of them filled up in the same way.
 
     Returns:
-        tf.data.Dataset of (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K),
-        weight (B,)).
+        what iterates over (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K),
+        weight (B,)), under a strategy of several replicas with PerReplica values.
     """
-    n = len(plan.index)
-    missing = -n % batch_size
-    plan = Plan(*(np.concatenate([a, np.repeat(a[:1], missing, axis=0)]) for a in plan))
-    weight = np.full(n + missing, 1 / batch_size, np.float32)
-    weight[n - n % batch_size : n] = 1 / max(n % batch_size, 1)
-    weight[n:] = 0
-    with tf.device("cpu"):
-        images, labels = tf.constant(data.images), tf.constant(data.labels)
+    strategy = strategy or tf.distribute.get_strategy()
+    replicas, n = strategy.num_replicas_in_sync, len(plan.index)
+    part, steps = -(-batch_size // replicas), -(-n // batch_size)
+    row = np.full((steps, replicas * part), n)
+    row[:, :batch_size] = np.arange(steps * batch_size).reshape(steps, batch_size)
+    weight = (row < n) / (row < n).sum(axis=1, keepdims=True)
+    row = np.where(row < n, row, 0)[start:]
 
-    def gather(index, shift, weight):
-        return tf.gather(images, index), shift, tf.gather(labels, index), weight
+    def pipeline(context):
+        local = replicas // context.num_input_pipelines
+        mine = slice(local * part * context.input_pipeline_id,
+                     local * part * (context.input_pipeline_id + 1))
+        rows = row[:, mine].reshape(-1, part)
+        weights = weight[start:, mine].reshape(-1, part).astype(np.float32)
+        with tf.device("cpu"):
+            images, labels = tf.constant(data.images), tf.constant(data.labels)
 
-    rows = tuple(a[start * batch_size :] for a in (*plan, weight))
-    return tf.data.Dataset.from_tensor_slices(rows).batch(batch_size).map(gather).prefetch(2)
+        def gather(index, shift, weight):
+            return tf.gather(images, index), shift, tf.gather(labels, index), weight
+
+        parts = (*(a[rows] for a in plan), weights)
+        return tf.data.Dataset.from_tensor_slices(parts).map(gather).prefetch(2 * local)
+
+    return strategy.distribute_datasets_from_function(pipeline)
 
 
 def examine(model, data, batch, spectra=(None, None)):
@@ -174,15 +186,22 @@ def examine(model, data, batch, spectra=(None, None)):
     }
 
 
-def compile_forward(model, data, jit):
-    """Two compiled functions for `evaluate`: batch, spectra -> what it keeps; and the spectra."""
+def compile_forward(model, data, jit, strategy=None):
+    """What `evaluate` calls: batch, spectra -> what it keeps; the spectra; and the strategy."""
+    strategy = strategy or tf.distribute.get_strategy()
 
     @tf.function(jit_compile=jit, autograph=False)
-    def forward(batch, spectra):
+    def on_replica(batch, spectra):
         seen = examine(model, data, batch, spectra)
         return {name: seen[name] for name in EVALUATED}
 
-    return forward, tf.function(model.spectra, jit_compile=jit, autograph=False)
+    @tf.function(autograph=False)
+    def forward(batch, spectra):
+        seen = strategy.run(on_replica, (batch, spectra))
+        return {name: strategy.gather(value, axis=0) for name, value in seen.items()}
+
+    spectra = tf.function(model.spectra, jit_compile=jit, autograph=False)
+    return forward, tf.function(lambda: strategy.run(spectra), autograph=False), strategy
 
 
 def evaluate(compiled, data, plan):
@@ -196,11 +215,12 @@ def evaluate(compiled, data, plan):
         dict: lengths (N, J), predictions (N, K), labels (N, K), correct (N,) and the means
         margin_loss, reconstruction_loss and accuracy.
     """
-    forward, spectra_of = compiled
+    forward, spectra_of, strategy = compiled
     size, n, spectra = min(EVALUATION_BATCH, len(plan.index)), len(plan.index), spectra_of()
     parts = []
-    for batch in batches(data, plan, size):
-        parts.append({name: part.numpy() for name, part in forward(batch, spectra).items()})
+    for batch in batches(data, plan, size, strategy=strategy):
+        seen = forward(batch, spectra)
+        parts.append({name: value.numpy()[:size] for name, value in seen.items()})
     whole = {name: np.concatenate([part[name] for part in parts])[:n] for name in EVALUATED}
     return {
         "lengths": whole["lengths"], "predictions": whole["predictions"],
@@ -209,6 +229,66 @@ def evaluate(compiled, data, plan):
         "reconstruction_loss": float(whole["reconstruction"].mean(dtype=np.float64)),
         "accuracy": float(whole["correct"].mean()),
     }
+
+
+# --- Several devices and machines ----------------------------------------------------------------
+
+
+def choose_strategy(name):
+    """The tf.distribute.Strategy of a name; to be called before anything is computed.
+
+    Args:
+        name: "one" device; "mirrored", on all GPUs (or logical CPUs) of this machine;
+            "multi_worker", on the machines of the cluster in TF_CONFIG; or "auto", mirrored where
+            there are several GPUs.
+
+    Raises:
+        UserError: TF_CONFIG does not describe a cluster and this worker's place in it.
+    """
+    if name == "multi_worker":
+        try:
+            config = json.loads(os.environ.get("TF_CONFIG", ""))
+            task, cluster = config["task"], config["cluster"]
+            cluster[task["type"]][int(task["index"])]
+            known = task["type"] in ("chief", "worker")
+        except (ValueError, KeyError, IndexError, TypeError):
+            known = False
+        if not known:
+            raise UserError(
+                "TF_CONFIG does not say which worker of which cluster this is, expected JSON such "
+                """as {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": """
+                """"worker", "index": 0}}, the index another one on each host""")
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    gpus = tf.config.list_logical_devices("GPU")
+    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
+        devices = gpus or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes files."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not resolver.task_type:
+        return True
+    return resolver.task_type == "chief" or (
+        resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs)
+
+
+def over_workers(strategy, number):
+    """The sum of an integer over the processes of a strategy, which wait for each other here."""
+    if strategy.cluster_resolver is None:
+        return number
+    cluster = strategy.cluster_resolver.cluster_spec().as_dict()
+    workers = sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
+    local = strategy.num_replicas_in_sync // workers
+
+    def of_replica(context):
+        first = context.replica_id_in_sync_group % local == 0
+        return tf.constant(number if first else 0, tf.int64)
+
+    numbers = strategy.experimental_distribute_values_from_function(of_replica)
+    return int(strategy.reduce("SUM", numbers, axis=None))
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -409,17 +489,24 @@ class Trainer:
         facts: what else a continued run must share with its beginning (flags' names and values).
         jit: whether XLA compiles the step.
         report: takes a line of text for the user.
+        strategy: tf.distribute.Strategy in whose scope the model was made, or None.
     """
 
-    def __init__(self, model, data, validation, how, folders, facts, jit=True, report=print):
+    def __init__(self, model, data, validation, how, folders, facts, jit=True, report=print,
+                 strategy=None):
         self.model, self.data, self.validation, self.how = model, data, validation, how
         self.folders, self.jit, self.report = folders, jit, report
+        self.strategy = strategy or tf.distribute.get_strategy()
+        self.chief = is_chief(self.strategy)
+        # Steps to begin before the result of one is read: an accelerator is not to wait for Python.
+        self.ahead = int(bool(tf.config.list_logical_devices("GPU")))
         self.steps_per_epoch = math.ceil(len(data.labels) / how.batch_size)
         self.facts = {"shape": shape_of(model), "training": how._asdict() | facts}
         schedule = keras.optimizers.schedules.ExponentialDecay(
             how.learning_rate, how.decay_steps, how.decay_rate)
-        self.optimizer = keras.optimizers.Adam(schedule, name="adam")
-        self.optimizer.build(model.trainable_variables)
+        with self.strategy.scope():
+            self.optimizer = keras.optimizers.Adam(schedule, name="adam")
+            self.optimizer.build(model.trainable_variables)
         self.step = 0  # how many are done
         self.sums = np.zeros(4)  # margin, reconstruction, correct and images of this epoch so far
         self.best = math.inf  # the lowest validation loss
@@ -433,7 +520,7 @@ class Trainer:
         self._stop_signal = None
         self.train_step = self._compile()  # batch -> margin loss, reconstruction loss, accuracy
         if validation:
-            self._validate = compile_forward(model, validation, jit)
+            self._validate = compile_forward(model, validation, jit, self.strategy)
             self._validation_plan = validation.evaluation_plan()
 
     def _compile(self):
@@ -456,10 +543,17 @@ class Trainer:
 
         def step(batch):
             found, metrics = gradients(batch)
-            self.optimizer.apply(found, variables)
+            self.optimizer.apply(found, variables)  # of the sums over all replicas
             return metrics
 
-        return tf.function(step, jit_compile=self.jit, autograph=False)
+        if self.strategy is tf.distribute.get_strategy():  # one device: all in one program
+            return tf.function(step, jit_compile=self.jit, autograph=False)
+        gradients = tf.function(gradients, jit_compile=self.jit, autograph=False)
+
+        def step_of_all(batch):
+            return self.strategy.reduce("SUM", self.strategy.run(step, (batch,)), axis=None)
+
+        return tf.function(step_of_all, autograph=False)
 
     # What a checkpoint holds besides weights and the optimizer's variables.
 
@@ -469,15 +563,17 @@ class Trainer:
                 "best": np.float64(self.best), "step": np.int64(self.step)}
 
     def save(self, last_step):
-        """Write a checkpoint beside the older ones, then drop the oldest."""
-        self._check_finite("a weight is", *self.model.get_weights())
+        """Write a checkpoint beside the older ones, then drop the oldest; the chief does."""
+        if not self.chief:
+            return
+        self._check_finite("a weight is", self.step, *self.model.get_weights())
         for writer in self._writers.values():
             writer.flush()
         self._write(self._manager, last_step)
 
-    def _check_finite(self, what, *arrays):
+    def _check_finite(self, what, step, *arrays):
         if not all(np.isfinite(array).all() for array in arrays):
-            raise UserError(f"{what} not finite at step {self.step}; the checkpoints before it are "
+            raise UserError(f"{what} not finite at step {step}; the checkpoints before it are "
                             "kept: try a lower --learning_rate, with --restart")
 
     def _write(self, manager, last_step):
@@ -542,13 +638,7 @@ class Trainer:
             self.report(f"Moved the earlier run aside: {folder}{ending}, "
                         f"{self.folders.logs}{ending}")
             return
-        self.step = self.restored = int(self._state["step"].numpy())
-        self.sums = self._state["sums"].numpy()
-        self.best = float(self._state["best"].numpy())
-
-    def _learning_rate(self):
-        how = self.how
-        return how.learning_rate * how.decay_rate ** ((self.step - 1) / how.decay_steps)
+        self._take_state()
 
     def fit(self, epochs, save_steps=500, restart=False, on_step=None,
             on_resume=None, texts=None):
@@ -570,30 +660,23 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
         """
         with contextlib.ExitStack() as stack:
-            for folder in self.folders:
+            for folder in self.folders * self.chief:
                 stack.enter_context(only_one(folder))
             stack.enter_context(self._signals())
-            self.resume(restart)
+            if self.chief:
+                self.resume(restart)
+            step = over_workers(self.strategy, self.step)  # the others have 0
+            if not self.chief and step:
+                self._restore(step)
+            over_workers(self.strategy, 0)  # only then may the chief change what is in the folders
             last_step = epochs * self.steps_per_epoch
             if self.step >= last_step:
                 return False
             if self.restored and on_resume:
                 on_resume(self.restored)
-            claim(self.folders.logs, self.folders.checkpoint)
-            self._manager = self._open_manager(
-                self.folders.checkpoint, KEPT_CHECKPOINTS, self.restored)
-            if self.validation:
-                claim(self.folders.best, self.folders.checkpoint)
-                self._best_manager = self._open_manager(self.folders.best, 1, self._newest_best())
             self._writers = {}
-            for name in ("train", "validation") if self.validation else ("train",):
-                # Before the first checkpoint there is nothing that a new start would not repeat.
-                cut_events(self.folders.logs / name, -1 if self.restored is None else self.step)
-                self._writers[name] = tf.summary.create_file_writer(str(self.folders.logs / name))
-            if self.step == 0:
-                with self._writers["train"].as_default(step=0):
-                    for name, text in (texts or {}).items():
-                        tf.summary.text(name, text)
+            if self.chief:
+                self._open_folders(texts or {})
             try:
                 while self.step < last_step:
                     self._train_epoch(last_step, save_steps, on_step)
@@ -602,6 +685,38 @@ class Trainer:
                     with contextlib.suppress(tf.errors.OpError):  # `save` flushed what counts
                         writer.close()
             return True
+
+    def _restore(self, step):
+        """What `resume` does, on a worker that is told the step by the chief."""
+        try:
+            _restore(self._checkpoint, self.folders.checkpoint, step)
+        except READ_ERRORS:
+            raise UserError(f"{self.folders.checkpoint} does not hold the checkpoint of step {step}"
+                            ", from which the chief goes on; all workers need the same folder, on "
+                            "a disk that they share") from None
+        self._take_state()
+
+    def _take_state(self):
+        self.step = self.restored = int(self._state["step"].numpy())
+        self.sums = self._state["sums"].numpy()
+        self.best = float(self._state["best"].numpy())
+
+    def _open_folders(self, texts):
+        """Clear away what came after the step to go on from, and open checkpoints and events."""
+        folders = self.folders
+        claim(folders.logs, folders.checkpoint)
+        self._manager = self._open_manager(folders.checkpoint, KEPT_CHECKPOINTS, self.restored)
+        if self.validation:
+            claim(folders.best, folders.checkpoint)
+            self._best_manager = self._open_manager(folders.best, 1, self._newest_best())
+        for name in ("train", "validation") if self.validation else ("train",):
+            # Before the first checkpoint there is nothing that a new start would not repeat.
+            cut_events(folders.logs / name, -1 if self.restored is None else self.step)
+            self._writers[name] = tf.summary.create_file_writer(str(folders.logs / name))
+        if self.step == 0:
+            with self._writers["train"].as_default(step=0):
+                for name, text in texts.items():
+                    tf.summary.text(name, text)
 
     def _newest_best(self):
         """Step of the best weights, or None: then the next validation gives the best there are."""
@@ -619,47 +734,87 @@ class Trainer:
         plan = self.data.training_plan(self.how.seed, epoch)
         size, n = self.how.batch_size, len(plan.index)
         began, untimed = time.perf_counter(), start
-        for number, batch in enumerate(batches(self.data, plan, size, start), start):
-            metrics = self.train_step(batch).numpy().astype(np.float64)
-            self.step += 1
-            self._check_finite("the loss is", metrics)
-            images = min(size, n - number * size)
-            self.sums += np.append(metrics, 1) * images
-            self._log_step(metrics)
+        waiting = []  # numbers and results of steps whose results are still to be read
+
+        def note(number, metrics):
+            nonlocal began, untimed
+            metrics = metrics.numpy().astype(np.float64)
+            step = epoch * self.steps_per_epoch + number + 1
+            self._check_finite("the loss is", step, metrics)
+            self.sums += np.append(metrics, 1) * min(size, n - number * size)
+            if self.chief:
+                self._log_step(step, metrics)
             if on_step:
                 speed = (number + 1 - untimed) * size / (time.perf_counter() - began)
                 if number == start:  # the first step compiles, or waits for its first batch
                     began, untimed = time.perf_counter(), start + 1
                 means = self.sums / self.sums[3]
                 on_step({"epoch": epoch + 1, "epochs": last_step // self.steps_per_epoch,
-                         "step": self.step, "last_step": last_step, "images_per_second": speed,
-                         "seconds_left": (last_step - self.step) * size / speed,
+                         "step": step, "last_step": last_step, "images_per_second": speed,
+                         "seconds_left": (last_step - step) * size / speed,
                          "margin_loss": means[0], "reconstruction_loss": means[1],
                          "accuracy": means[2]})
-            if number + 1 == self.steps_per_epoch:
-                self._end_epoch(last_step)
-            if (self._stop_signal or number + 1 == self.steps_per_epoch
-                    or self.step % save_steps == 0):
-                self.save(last_step)
-            if self._stop_signal:
-                raise Interrupted(self._stop_signal)
 
-    def _log_step(self, metrics):
+        feed = batches(self.data, plan, size, start, self.strategy)
+        for number, batch in enumerate(feed, start):
+            waiting.append((number, self.train_step(batch)))
+            self.step += 1
+            stopping, last = self._stopping(), number + 1 == self.steps_per_epoch
+            saving = stopping or last or self.step % save_steps == 0
+            while len(waiting) > (0 if saving else self.ahead):
+                note(*waiting.pop(0))
+            if last:
+                self._end_epoch(last_step)
+            if saving:
+                self.save(last_step)
+            if stopping:
+                raise Interrupted(self._stop_signal or signal.SIGTERM)
+
+    def _stopping(self):
+        """Whether to stop after this step; several workers do it all together, or none does."""
+        if self.strategy.cluster_resolver is None:
+            return bool(self._stop_signal)
+        return (self.step % AGREEING_STEPS == 0
+                and over_workers(self.strategy, int(bool(self._stop_signal))) > 0)
+
+    def _log_step(self, step, metrics):
         margin, reconstruction, accuracy = metrics
-        with self._writers["train"].as_default(step=self.step):
+        how = self.how
+        rate = how.learning_rate * how.decay_rate ** ((step - 1) / how.decay_steps)
+        with self._writers["train"].as_default(step=step):
             self._scalars(margin, reconstruction, accuracy)
-            tf.summary.scalar("learning_rate", self._learning_rate())
+            tf.summary.scalar("learning_rate", rate)
+
+    def _total(self, margin, reconstruction):
+        return margin + self.how.reconstruction_weight * reconstruction
 
     def _scalars(self, margin, reconstruction, accuracy):
-        total = margin + self.how.reconstruction_weight * reconstruction
-        tf.summary.scalar("loss/total", total)
+        tf.summary.scalar("loss/total", self._total(margin, reconstruction))
         tf.summary.scalar("loss/margin", margin)
         tf.summary.scalar("loss/reconstruction", reconstruction)
         tf.summary.scalar("accuracy", accuracy)
-        return total
 
     def _end_epoch(self, last_step):
         """Pictures, validation, and the best weights so far; all before the epoch's checkpoint."""
+        self.sums = np.zeros(4)
+        if self.chief:
+            self._draw_examples()
+        if not self.validation:
+            return
+        found = evaluate(self._validate, self.validation, self._validation_plan)
+        loss = self._total(found["margin_loss"], found["reconstruction_loss"])
+        improved = loss < self.best
+        self.report(f"Validation after step {self.step}: loss {loss:.5f}, "
+                    f"accuracy {100 * found['accuracy']:.2f}%" + (", the best so far" * improved))
+        self.best = min(loss, self.best)
+        if not self.chief:
+            return
+        with self._writers["validation"].as_default(step=self.step):
+            self._scalars(found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
+        if improved:
+            self._write(self._best_manager, last_step)
+
+    def _draw_examples(self):
         data = self.validation or self.data
         plan = data.evaluation_plan().take(slice(32))
         seen = examine(self.model, data, next(iter(batches(data, plan, len(plan.index)))))
@@ -668,19 +823,6 @@ class Trainer:
         with self._writers["train"].as_default(step=self.step):
             grid = image_grid(np.stack(rows)).repeat(3, axis=0).repeat(3, axis=1)
             tf.summary.image("inputs over reconstructions", grid[None])
-        self.sums = np.zeros(4)
-        if not self.validation:
-            return
-        found = evaluate(self._validate, data, self._validation_plan)
-        with self._writers["validation"].as_default(step=self.step):
-            loss = self._scalars(
-                found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
-        improved = loss < self.best
-        self.report(f"Validation after step {self.step}: loss {loss:.5f}, "
-                    f"accuracy {100 * found['accuracy']:.2f}%" + (", the best so far" * improved))
-        if improved:
-            self.best = loss
-            self._write(self._best_manager, last_step)
 
     @contextlib.contextmanager
     def _signals(self):
