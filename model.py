@@ -759,13 +759,16 @@ class Trainer:
         for number, batch in enumerate(feed, start):
             waiting.append((number, self.train_step(batch)))
             self.step += 1
-            stopping, last = self._stopping(), number + 1 == self.steps_per_epoch
-            saving = stopping or last or self.step % save_steps == 0
+            last = number + 1 == self.steps_per_epoch
+            saving = last or self.step % save_steps == 0
             while len(waiting) > (0 if saving else self.ahead):
+                note(*waiting.pop(0))
+            stopping = self._stopping()
+            while stopping and waiting:
                 note(*waiting.pop(0))
             if last:
                 self._end_epoch(last_step)
-            if saving:
+            if saving or stopping:
                 self.save(last_step)
             if stopping:
                 raise Interrupted(self._stop_signal or signal.SIGTERM)
