@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,12 @@ FLAGS = {
         ("jit", "auto", ("auto", "on", "off"),
          "compile with XLA; auto: but for direct convolution on a CPU, which XLA does slowly"),
     ],
+    "Devices": [
+        ("strategy", "auto", ("auto", "one", "mirrored", "multi_worker"),
+         "one device, all GPUs of this machine, or the machines in TF_CONFIG; auto: all GPUs"),
+        ("precision", "float32", ("float32", "mixed_bfloat16"),
+         "of products; mixed_bfloat16 on accelerators only, norms, routing and losses stay float32"),
+    ],
     "Reproducibility": [
         ("deterministic", False, None,
          "bit-identical runs on accelerators and with --conv=direct too, at some cost in speed"),
@@ -86,6 +93,7 @@ FLAGS = {
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
 GRID_IMAGES = 64
+WORKERS_MINUTES = 10
 
 
 class UsageError(Exception):
@@ -165,6 +173,26 @@ def without_remarks():
         os.close(sink)
 
 
+@contextlib.contextmanager
+def waiting_for_workers():
+    """Say so, and end the program after WORKERS_MINUTES: TensorFlow waits for about an hour."""
+
+    def give_up():
+        print("main.py: the other workers of TF_CONFIG did not all come; start all of them",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread is deep in TensorFlow, and nothing has been written
+
+    print(f"Waiting for the other workers of TF_CONFIG, for {WORKERS_MINUTES} minutes at most.",
+          flush=True)
+    timer = threading.Timer(60 * WORKERS_MINUTES, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Display:
     """Progress of training: a bar on a terminal, elsewhere a plain line now and then."""
 
@@ -218,6 +246,10 @@ class Run:
         import model
 
         self.flags, self.argv, self.library = values, argv, model
+        if values.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        self.strategy = model.choose_strategy(values.strategy, waiting_for_workers())
+        self.chief = model.is_chief(self.strategy)
         self.dataset = utils.load_dataset(values.dataset, values.data_dir)
         overlap = values.multi_MNIST
         margin = 4 if overlap else 0  # section 6
@@ -231,17 +263,19 @@ class Run:
         folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
         self.folders = model.Folders(*(
             Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
-        if values.deterministic:
-            tf.config.experimental.enable_op_determinism()
         gpu = bool(tf.config.list_physical_devices("GPU"))
+        if values.precision != "float32" and not gpu:
+            raise UsageError("--precision=mixed_bfloat16 is for accelerators and there is none here, "
+                             "expected --precision=float32, which is several times faster on a CPU")
         conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
         tf.keras.utils.set_random_seed(values.seed)
         try:
-            self.model = model.CapsNet(
-                self.train_data.canvas_shape(), len(self.dataset.class_names), values.n_conv,
-                values.n_primary, values.primary_dim, values.digit_dim, values.routing_iterations,
-                conv=conv)
+            with self.strategy.scope():
+                self.model = model.CapsNet(
+                    self.train_data.canvas_shape(), len(self.dataset.class_names), values.n_conv,
+                    values.n_primary, values.primary_dim, values.digit_dim,
+                    values.routing_iterations, conv=conv, dtype=values.precision)
         except ValueError as error:
             raise UserError(f"{values.dataset}: {error}") from None
 
@@ -266,14 +300,15 @@ def train(run):
     digest = hashlib.sha256(np.ascontiguousarray(run.train_data.images))
     digest.update(np.ascontiguousarray(run.train_data.labels))
     facts = {name: getattr(values, name) for name in (
-        "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation")}
+        "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation",
+        "precision")}
     if values.multi_MNIST:
         del facts["data_deformation"]
     facts["data"] = digest.hexdigest()[:16]
     how = model.Training(**{name: getattr(values, name) for name in model.Training._fields})
     with Display() as display:
         trainer = model.Trainer(run.model, data, validation, how, run.folders, facts, run.jit,
-                                report=display.report)
+                                display.report, run.strategy)
         began = time.perf_counter()
         trained = trainer.fit(
             values.epoch, values.save_steps, values.restart, display.step,
@@ -308,12 +343,14 @@ def test(run):
 
     data, names = run.test_data, run.dataset.class_names
     plan = data.evaluation_plan()
-    compiled = run.library.compile_forward(run.model, data, run.jit)
+    compiled = run.library.compile_forward(run.model, data, run.jit, run.strategy)
     first = plan.take(slice(run.library.EVALUATION_BATCH))
     run.library.evaluate(compiled, data, first)  # compiles, so that the speed below is without
     began = time.perf_counter()
     found = run.library.evaluate(compiled, data, plan)
     seconds = time.perf_counter() - began
+    if not run.chief:
+        return
     labels, predictions, correct = found["labels"], found["predictions"], found["correct"]
     wrong = int(np.sum(~correct))
     # A digit counts as found if its class is among the predicted ones.
@@ -453,24 +490,30 @@ def main(argv):
 
 def run_modes(values, argv, modes):
     utils.keep_big_buffers()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Of several workers, all say of one that stops what is said below in one line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "23"[values.strategy == "multi_worker"])
     with without_remarks():
         import tensorflow as tf
 
-        from model import Interrupted, reason
+        from model import Interrupted, over_workers, reason
 
         tf.config.list_physical_devices()
         tf.get_logger().setLevel("ERROR")
 
     try:
         run = Run(values, argv)
-        if values.train:
-            train(run)
-        if modes != ["train"]:
-            run.load()
-        for mode in (test, reconstruction_test, tweak_test):
-            if mode.__name__ in modes:
-                mode(run)
+        with contextlib.ExitStack() as stack:
+            if not run.chief:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            if values.train:
+                train(run)
+            if modes != ["train"]:
+                run.load()
+            for mode in (test, reconstruction_test, tweak_test):
+                if mode.__name__ in modes and (run.chief or mode is test):
+                    mode(run)
+            over_workers(run.strategy, 0)  # one that ends leaves no other alone
         return 0
     except Interrupted as stop:
         print("Stopped, and saved. To go on: the same command again"
@@ -487,6 +530,12 @@ def run_modes(values, argv, modes):
     except MemoryError:
         print("main.py: out of memory; try a smaller --batch_size or network", file=sys.stderr)
     except tf.errors.OpError as error:
+        lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+                tf.errors.DeadlineExceededError)
+        if values.strategy == "multi_worker" and isinstance(error, lost):
+            print("main.py: another worker stopped or cannot be reached; start all workers again, "
+                  "they go on from the last checkpoint", file=sys.stderr)
+            return 1
         print(f"main.py: {reason(error)}; what was saved before is as it was", file=sys.stderr)
     return 1
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,8 @@ class CapsNet(keras.Model):
         kernel_size: pixels, of both convolutions.
         decoder_units: widths of the decoder's hidden layers.
         conv: "direct" or "dft", how both convolutions are computed (see `ops.Convolution`).
+        dtype: policy of Keras. Under "mixed_bfloat16" products are, but those of routing and of
+            spectra; squash, routing, lengths and losses stay float32.
 
     Raises:
         ValueError: the image is too small for two convolutions.
@@ -64,12 +67,14 @@ class CapsNet(keras.Model):
             "routing_iterations": routing_iterations, "kernel_size": kernel_size,
             "decoder_units": tuple(decoder_units), "conv": conv,
         }
-        self.conv1 = ops.Convolution(n_conv, kernel_size, relu=True, method=conv, name="conv1")
+        self.conv1 = ops.Convolution(n_conv, kernel_size, relu=True, method=conv, name="conv1",
+                                     dtype=self.dtype_policy)
         self.primary = ops.PrimaryCapsules(n_primary, primary_dim, kernel_size, method=conv,
-                                           name="primary_capsules")
+                                           name="primary_capsules", dtype=self.dtype_policy)
         self.digits = ops.DigitCapsules(n_classes, digit_dim, routing_iterations,
-                                        name="digit_capsules")
-        self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder")
+                                        name="digit_capsules", dtype=self.dtype_policy)
+        self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder",
+                                   dtype=self.dtype_policy)
         shape = (None, *image_shape)
         for layer in (self.conv1, self.primary, self.digits, self.decoder):
             layer.build(shape)
@@ -190,18 +195,22 @@ def compile_forward(model, data, jit, strategy=None):
     """What `evaluate` calls: batch, spectra -> what it keeps; the spectra; and the strategy."""
     strategy = strategy or tf.distribute.get_strategy()
 
-    @tf.function(jit_compile=jit, autograph=False)
-    def on_replica(batch, spectra):
+    def run(function, *arguments):
+        compiled = tf.function(function, jit_compile=jit, autograph=False)
+        # In a function of Python: `run` would make one program of all replicas of a tf.function.
+        return strategy.run(lambda *parts: compiled(*parts), arguments)
+
+    def keep(batch, spectra):
         seen = examine(model, data, batch, spectra)
+        seen["correct"] = tf.cast(seen["correct"], tf.int32)  # truth values cannot be gathered
         return {name: seen[name] for name in EVALUATED}
 
     @tf.function(autograph=False)
     def forward(batch, spectra):
-        seen = strategy.run(on_replica, (batch, spectra))
+        seen = run(keep, batch, spectra)
         return {name: strategy.gather(value, axis=0) for name, value in seen.items()}
 
-    spectra = tf.function(model.spectra, jit_compile=jit, autograph=False)
-    return forward, tf.function(lambda: strategy.run(spectra), autograph=False), strategy
+    return forward, tf.function(lambda: run(model.spectra), autograph=False), strategy
 
 
 def evaluate(compiled, data, plan):
@@ -222,25 +231,27 @@ def evaluate(compiled, data, plan):
         seen = forward(batch, spectra)
         parts.append({name: value.numpy()[:size] for name, value in seen.items()})
     whole = {name: np.concatenate([part[name] for part in parts])[:n] for name in EVALUATED}
+    correct = whole["correct"].astype(bool)
     return {
         "lengths": whole["lengths"], "predictions": whole["predictions"],
-        "labels": data.labels[plan.index], "correct": whole["correct"],
+        "labels": data.labels[plan.index], "correct": correct,
         "margin_loss": float(whole["margin"].mean(dtype=np.float64)),
         "reconstruction_loss": float(whole["reconstruction"].mean(dtype=np.float64)),
-        "accuracy": float(whole["correct"].mean()),
+        "accuracy": float(correct.mean()),
     }
 
 
 # --- Several devices and machines ----------------------------------------------------------------
 
 
-def choose_strategy(name):
+def choose_strategy(name, waiting=None):
     """The tf.distribute.Strategy of a name; to be called before anything is computed.
 
     Args:
         name: "one" device; "mirrored", on all GPUs (or logical CPUs) of this machine;
             "multi_worker", on the machines of the cluster in TF_CONFIG; or "auto", mirrored where
             there are several GPUs.
+        waiting: context manager, entered while a worker waits for the others.
 
     Raises:
         UserError: TF_CONFIG does not describe a cluster and this worker's place in it.
@@ -258,7 +269,8 @@ def choose_strategy(name):
                 "TF_CONFIG does not say which worker of which cluster this is, expected JSON such "
                 """as {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": """
                 """"worker", "index": 0}}, the index another one on each host""")
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        with waiting or contextlib.nullcontext():
+            return tf.distribute.MultiWorkerMirroredStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = gpus or tf.config.list_logical_devices("CPU")
@@ -275,12 +287,19 @@ def is_chief(strategy):
         resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs)
 
 
+def count_workers(strategy):
+    """Processes of a strategy."""
+    if strategy.cluster_resolver is None:
+        return 1
+    cluster = strategy.cluster_resolver.cluster_spec().as_dict()
+    return sum(len(cluster.get(job, ())) for job in ("chief", "worker")) or 1
+
+
 def over_workers(strategy, number):
     """The sum of an integer over the processes of a strategy, which wait for each other here."""
-    if strategy.cluster_resolver is None:
+    workers = count_workers(strategy)
+    if workers == 1:
         return number
-    cluster = strategy.cluster_resolver.cluster_spec().as_dict()
-    workers = sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
     local = strategy.num_replicas_in_sync // workers
 
     def of_replica(context):
@@ -656,9 +675,14 @@ class Trainer:
             False if all epochs were done before.
 
         Raises:
-            UserError: see `resume`; a loss that is not finite; a folder that cannot be written.
+            UserError: see `resume`; a loss that is not finite; a folder that cannot be written;
+                workers that differ in flags or data.
             Interrupted: a signal came; the state is saved.
         """
+        mine = zlib.crc32(json.dumps([self.facts, epochs, save_steps]).encode())
+        if over_workers(self.strategy, mine) != mine * count_workers(self.strategy):
+            raise UserError("the workers were started with different flags or different data, "
+                            "expected the same everywhere; nothing was changed")
         with contextlib.ExitStack() as stack:
             for folder in self.folders * self.chief:
                 stack.enter_context(only_one(folder))

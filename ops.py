@@ -382,7 +382,9 @@ class Convolution(keras.layers.Layer):
 
     def call(self, images, spectrum=None):
         """(B, H, W, C) -> (B, rows, columns, filters); `spectrum` from the method of that name."""
-        kernel = tf.convert_to_tensor(self.kernel)
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        if self.way == "dft":  # spectra lose digits by themselves, so all are float32
+            images, kernel, bias = (tf.cast(x, tf.float32) for x in (images, kernel, bias))
         if self.way == "direct":
             y = tf.nn.conv2d(images, kernel, self.stride, "VALID")
         elif self.way == "patches":
@@ -390,7 +392,7 @@ class Convolution(keras.layers.Layer):
         else:
             spectrum = kernel_spectrum(kernel, self.plan) if spectrum is None else spectrum
             y = dft_conv2d(images, spectrum, self.plan)
-        y += self.bias
+        y += bias
         return tf.nn.relu(y) if self.relu else y
 
     def compute_output_shape(self, input_shape):
@@ -494,11 +496,11 @@ class Decoder(keras.layers.Layer):
         # Named, because Keras would number on from the networks made before in the process, and the
         # names are those of a checkpoint.
         self.hidden = [
-            keras.layers.Dense(n, activation="relu", name=f"hidden_{i}")
+            keras.layers.Dense(n, activation="relu", name=f"hidden_{i}", dtype=self.dtype_policy)
             for i, n in enumerate(self.units, 1)
         ]
         size = int(np.prod(self.image_shape))
-        self.pixels = keras.layers.Dense(size, activation="sigmoid", name="pixels")
+        self.pixels = keras.layers.Dense(size, activation="sigmoid", name="pixels", dtype="float32")
 
     def build(self, input_shape):
         _, j, d = input_shape

@@ -43,14 +43,16 @@ def network(data, seed=0, **changes):
 
 
 def trainer_in(folder, jit=False, n=45, validation=True, facts=None, report=None, sizes=None,
-               **how):
+               strategy=None, **how):
     """A Trainer of 45 examples in batches of 8, the last one of 5, with 9 to validate."""
     data = blobs(n)
     held_out = blobs(9, seed=1) if validation else None
     folders = model.Folders(folder / "checkpoint", folder / "best", folder / "logs")
-    return model.Trainer(network(data, **sizes or {}), data, held_out,
+    with (strategy or tf.distribute.get_strategy()).scope():
+        net = network(data, **sizes or {})
+    return model.Trainer(net, data, held_out,
                          model.Training(**{"batch_size": 8, "decay_steps": 5} | how), folders,
-                         facts or {}, jit, report=report or (lambda text: None))
+                         facts or {}, jit, report or (lambda text: None), strategy)
 
 
 def state(trainer):

@@ -1,0 +1,260 @@
+"""Several replicas in one process, and several processes, against one device."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import model
+from test_model import SCALARS, blobs, events, state, trainer_in
+from utils import Plan, UserError
+
+ROOT = Path(__file__).parent.parent
+# ---------------------------------------------------------------- replicas on logical CPUs
+
+
+def train_on_replicas(count, folder):
+    """In a process of its own: save what a training on so many logical CPUs computes, on 1 without a
+    strategy.
+
+    Batches of 6 (for 4 replicas 2, 2, 2 and none), the last of an epoch 3; 63 images to test.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    devices = [tf.config.LogicalDeviceConfiguration()] * count
+    tf.config.set_logical_device_configuration(cpu, devices)
+    strategy = model.choose_strategy("one" if count == 1 else "mirrored")
+    assert strategy.num_replicas_in_sync == count and model.is_chief(strategy)
+    data = blobs(21, overlap=True, seed=2)
+    plan = Plan(*(np.arange(a.size).reshape(a.shape) for a in data.training_plan(0, 0)))
+    plan = plan._replace(index=plan.index % 21)
+    parts = [[value.numpy() for value in values] for batch in model.batches(
+        data, plan, 6, 1, strategy) for values in zip(*map(strategy.experimental_local_results,
+                                                           batch))]
+    np.savez(folder / "parts.npz", **{
+        name: np.concatenate([values[number][values[3] > 0] for values in parts])
+        for number, name in enumerate(["digits", "shift", "labels", "weight"])})
+
+    trainer = trainer_in(folder / "first", count == 2, strategy=strategy, batch_size=6)
+    plan = trainer.data.training_plan(0, 0)
+    batch = next(iter(model.batches(trainer.data, plan, 6, strategy=strategy)))
+    metrics = trainer.train_step(batch).numpy()
+    # After one step Adam's first moment is a tenth of the gradient.
+    moments = {v.path.replace("/", "_"): 10 * v.numpy() for v in trainer.optimizer.variables
+               if v.path.endswith("_momentum")}
+    np.savez(folder / "first.npz", metrics=metrics, **moments)
+
+    trainer = trainer_in(folder, strategy=strategy, batch_size=6)
+    trainer.fit(1, save_steps=3)
+    trainer = trainer_in(folder, strategy=strategy, batch_size=6)
+    trainer.fit(2, save_steps=3)
+    assert trainer.restored == 8
+    np.savez(folder / "weights.npz", *state(trainer))
+    data = blobs(63, seed=2)
+    compiled = model.compile_forward(trainer.model, data, count == 2, strategy)
+    np.savez(folder / "test.npz", **model.evaluate(compiled, data, data.evaluation_plan()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of what was trained without a strategy and on 2 and 4 replicas."""
+    folders = {count: tmp_path_factory.mktemp(f"replicas{count}") for count in (1, 2, 4)}
+    code = ("import pathlib, sys; sys.path[:0] = sys.argv[3:]; import test_distribution as t; "
+            "t.train_on_replicas(int(sys.argv[1]), pathlib.Path(sys.argv[2]))")
+    children = [subprocess.Popen(
+        [sys.executable, "-c", code, str(count), folder, ROOT, ROOT / "tests"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for count, folder in folders.items()]
+    for child in children:
+        out, _ = child.communicate(timeout=240)
+        assert child.returncode == 0, out
+    return folders
+
+
+def test_every_number_of_replicas_sees_the_same_examples_in_the_same_order(trained):
+    expected = np.load(trained[1] / "parts.npz")
+    for count in (2, 4):
+        found = np.load(trained[count] / "parts.npz")
+        for name in expected.files:
+            np.testing.assert_array_equal(found[name], expected[name])
+    assert len(expected["labels"]) == 21 - 6
+    np.testing.assert_allclose(expected["weight"][[0, -1]], [1 / 6, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_loss_and_gradients_of_the_first_step_do_not_depend_on_the_replicas(trained, count):
+    one, several = (np.load(trained[c] / "first.npz") for c in (1, count))
+    assert set(one.files) == set(several.files) and len(one.files) == 10
+    for name in one.files:
+        largest = np.abs(one[name]).max()
+        assert largest > 0
+        np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_training_on_replicas_ends_like_one_without_also_if_it_was_broken_off(trained, count):
+    one, several = (np.load(trained[c] / "weights.npz") for c in (1, count))
+    for name in one.files:
+        np.testing.assert_allclose(several[name], one[name], rtol=0,
+                                   atol=2e-5 * np.abs(one[name]).max())
+    expected, found = (events(trained[c] / "logs") for c in (1, count))
+    assert set(expected) == set(found)
+    for run in ("train", "validation"):
+        for name in SCALARS:
+            np.testing.assert_allclose(found[run, name], expected[run, name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_an_evaluation_on_replicas_counts_every_example_once(trained, count):
+    one, several = (np.load(trained[c] / "test.npz") for c in (1, count))
+    assert len(one["correct"]) == 63
+    for name in one.files:
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- several processes
+
+SMALL = ["--n_conv=4", "--n_primary=2", "--digit_dim=4", "--train_size=120", "--batch_size=10",
+         "--data_deformation", "--epoch=20", "--save_steps=7"]  # 240 steps
+
+
+class Cluster:
+    """Workers that are started with one command, on free ports of this machine."""
+
+    def __init__(self, folder, count, *words, **different):
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            hosts = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        folder.mkdir(exist_ok=True)
+        self.workers = []
+        for index in range(count):
+            config = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": index}}
+            more = different.get(f"worker{index}", [])
+            self.workers.append(subprocess.Popen(
+                [sys.executable, ROOT / "main.py", "--strategy=multi_worker",
+                 f"--data_dir={ROOT / 'data'}", *words, *more], cwd=folder, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=os.environ | {"TF_CONFIG": json.dumps(config)}))
+
+    def wait_for_checkpoint(self, folder):
+        deadline = time.monotonic() + 120
+        while not model.saved_steps(folder / "checkpoint/mnist"):
+            assert time.monotonic() < deadline
+            assert all(worker.poll() is None for worker in self.workers), self.ends()
+            time.sleep(0.05)
+
+    def ends(self, timeout=120):
+        """Exit codes, output and errors of all workers."""
+        try:
+            said = [worker.communicate(timeout=timeout) for worker in self.workers]
+        finally:
+            for worker in self.workers:
+                worker.kill()
+        return [(worker.returncode, *texts) for worker, texts in zip(self.workers, said)]
+
+
+def checkpoint(folder, step):
+    """All arrays of a checkpoint."""
+    reader = tf.train.load_checkpoint(str(folder / f"checkpoint/mnist/ckpt-{step}"))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+            if name.startswith(("weights", "optimizer"))}
+
+
+def test_two_workers_of_which_one_is_killed_go_on_and_end_as_if_nothing_had_happened(tmp_path):
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cluster = Cluster(cut, 2, "--train", *SMALL)
+    cluster.wait_for_checkpoint(cut)
+    cluster.workers[1].kill()
+    killed = time.monotonic()
+    other = Cluster(whole, 2, "--train", "--test", *SMALL)
+    (code, _, said), (victim, *_) = cluster.ends()
+    assert time.monotonic() - killed < 60
+    assert (code, victim) == (1, -signal.SIGKILL)
+    assert said == ("main.py: another worker stopped or cannot be reached; start all workers again,"
+                    " they go on from the last checkpoint\n")
+    step = model.saved_steps(cut / "checkpoint/mnist")[0]
+    assert step < 240
+    for code, out, said in other.ends():
+        assert (code, said) == (0, "")
+    cluster = Cluster(cut, 2, "--train", "--test", *SMALL)
+    (code, out, said), (code1, out1, said1) = cluster.ends()
+    assert (code, said, code1, out1, said1) == (0, "", 0, out1, "")
+    assert f"Going on from step {step} (" in out and "Trained to step 240" in out
+    assert len(out1.splitlines()) == 1  # that it waited: only the chief speaks
+    one, other = checkpoint(whole, 240), checkpoint(cut, 240)
+    assert len(one) == 28 and all(np.array_equal(one[name], other[name]) for name in one)
+    assert events(cut / "logs/mnist") == events(whole / "logs/mnist")
+    files = [sorted(path.name for path in (folder / "logs/mnist/train").iterdir())
+             for folder in (cut, whole)]
+    assert len(files[1]) == 1  # only the chief writes
+    results = [json.loads((folder / "logs/mnist/test.json").read_text()) for folder in (cut, whole)]
+    assert results[0]["images"] == 10_000 and results[0]["wrong"] == results[1]["wrong"]
+
+
+def test_of_three_workers_a_killed_chief_and_a_signal_to_another_stop_all(tmp_path):
+    words = ["--train", *SMALL, "--epoch=100"]
+    cluster = Cluster(tmp_path, 3, *words)
+    cluster.wait_for_checkpoint(tmp_path)
+    cluster.workers[0].kill()
+    _, *others = cluster.ends(60)
+    for code, _, said in others:
+        assert code == 1 and said.startswith("main.py: another worker stopped or cannot be reached")
+        assert said.count("\n") == 1
+    before = model.saved_steps(tmp_path / "checkpoint/mnist")[0]
+    cluster = Cluster(tmp_path, 3, *words)
+    for line in cluster.workers[0].stdout:
+        if line.startswith("Epoch"):
+            break
+    cluster.workers[2].send_signal(signal.SIGTERM)
+    for code, _, said in cluster.ends():
+        assert (code, said) == (143, "Stopped, and saved. To go on: the same command again.\n")
+    assert before < model.saved_steps(tmp_path / "checkpoint/mnist")[0] < 1200
+
+
+def test_workers_with_different_flags_all_stop_before_they_train(tmp_path):
+    cluster = Cluster(tmp_path, 2, "--train", *SMALL, worker1=["--learning_rate=0.01"])
+    for code, _, said in cluster.ends():
+        assert code == 1 and said.count("\n") == 1
+        assert said.startswith("main.py: the workers were started with different flags or differe")
+    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "logs").exists()
+
+
+GOOD = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 0}}
+
+
+@pytest.mark.parametrize("config", [
+    None, "", "{", "[]", "3", json.dumps({"cluster": {}}), json.dumps(GOOD | {"task": None}),
+    json.dumps(GOOD | {"task": {"type": "worker", "index": 2}}),
+    json.dumps(GOOD | {"task": {"type": "worker", "index": "x"}}),
+    json.dumps(GOOD | {"task": {"type": "ps", "index": 0}}),
+    json.dumps({"cluster": {"worker": ["h:1"], "ps": ["h:2"]}, "task": {"type": "ps", "index": 0}}),
+])
+def test_a_tf_config_that_names_no_worker_is_refused_in_one_line(tmp_path, config, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if config is not None:
+        monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(UserError, match="TF_CONFIG does not say which worker.*expected JSON") as e:
+        model.choose_strategy("multi_worker")
+    assert "\n" not in str(e.value)
+
+
+def test_a_worker_whose_others_do_not_come_gives_up_with_one_line(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; "
+            "main.WORKERS_MINUTES = 0.1; main.main(sys.argv)")
+    alone = subprocess.run(
+        [sys.executable, "-c", code, "--train", "--strategy=multi_worker",
+         f"--data_dir={ROOT / 'data'}"], cwd=tmp_path, text=True, capture_output=True, timeout=120,
+        env=os.environ | {"TF_CONFIG": json.dumps(GOOD)}, check=False)
+    assert alone.returncode == 1
+    assert alone.stderr == ("main.py: the other workers of TF_CONFIG did not all come; start all of"
+                            " them\n")
+    assert not list(tmp_path.iterdir())
