@@ -11,13 +11,14 @@ Examples:
 
 import contextlib
 import datetime
+import faulthandler
 import hashlib
 import math
 import os
 import platform
 import shlex
+import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -93,7 +94,7 @@ FLAGS = {
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
 GRID_IMAGES = 64
-WORKERS_MINUTES = 10
+WORKERS_SECONDS = 600
 
 
 class UsageError(Exception):
@@ -175,22 +176,20 @@ def without_remarks():
 
 @contextlib.contextmanager
 def waiting_for_workers():
-    """Say so, and end the program after WORKERS_MINUTES: TensorFlow waits for about an hour."""
+    """End the program if the wait is long, or at Ctrl-C: TensorFlow waits an hour and hears nothing.
 
-    def give_up():
-        print("main.py: the other workers of TF_CONFIG did not all come; start all of them",
-              file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread is deep in TensorFlow, and nothing has been written
-
-    print(f"Waiting for the other workers of TF_CONFIG, for {WORKERS_MINUTES} minutes at most.",
-          flush=True)
-    timer = threading.Timer(60 * WORKERS_MINUTES, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    It does not let Python run meanwhile, so that only what is in C works.
+    """
+    print("Waiting for the other workers of TF_CONFIG; if they do not all come, this one ends after "
+          f"{WORKERS_SECONDS / 60:g} minutes.", flush=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(WORKERS_SECONDS, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.signal(signal.SIGINT, handler)
 
 
 class Display:

@@ -43,7 +43,7 @@ def train_on_replicas(count, folder):
         name: np.concatenate([values[number][values[3] > 0] for values in parts])
         for number, name in enumerate(["digits", "shift", "labels", "weight"])})
 
-    trainer = trainer_in(folder / "first", count == 2, strategy=strategy, batch_size=6)
+    trainer = trainer_in(folder / "first", validation=False, strategy=strategy, batch_size=6)
     plan = trainer.data.training_plan(0, 0)
     batch = next(iter(model.batches(trainer.data, plan, 6, strategy=strategy)))
     metrics = trainer.train_step(batch).numpy()
@@ -52,15 +52,16 @@ def train_on_replicas(count, folder):
                if v.path.endswith("_momentum")}
     np.savez(folder / "first.npz", metrics=metrics, **moments)
 
-    trainer = trainer_in(folder, strategy=strategy, batch_size=6)
-    trainer.fit(1, save_steps=3)
-    trainer = trainer_in(folder, strategy=strategy, batch_size=6)
-    trainer.fit(2, save_steps=3)
-    assert trainer.restored == 8
-    np.savez(folder / "weights.npz", *state(trainer))
     data = blobs(63, seed=2)
     compiled = model.compile_forward(trainer.model, data, count == 2, strategy)
     np.savez(folder / "test.npz", **model.evaluate(compiled, data, data.evaluation_plan()))
+
+    if count < 4:
+        for epochs in 1, 3:  # the second goes on from what the first saved
+            trainer = trainer_in(folder, n=21, strategy=strategy, batch_size=6)
+            trainer.fit(epochs, save_steps=3)
+        assert trainer.restored == 4
+        np.savez(folder / "weights.npz", *state(trainer))
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +99,12 @@ def test_loss_and_gradients_of_the_first_step_do_not_depend_on_the_replicas(trai
         np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_training_on_replicas_ends_like_one_without_also_if_it_was_broken_off(trained, count):
-    one, several = (np.load(trained[c] / "weights.npz") for c in (1, count))
+def test_a_training_on_replicas_ends_like_one_without_also_if_it_was_broken_off(trained):
+    one, several = (np.load(trained[count] / "weights.npz") for count in (1, 2))
     for name in one.files:
         np.testing.assert_allclose(several[name], one[name], rtol=0,
                                    atol=2e-5 * np.abs(one[name]).max())
-    expected, found = (events(trained[c] / "logs") for c in (1, count))
+    expected, found = (events(trained[count] / "logs") for count in (1, 2))
     assert set(expected) == set(found)
     for run in ("train", "validation"):
         for name in SCALARS:
@@ -122,7 +122,12 @@ def test_an_evaluation_on_replicas_counts_every_example_once(trained, count):
 # ---------------------------------------------------------------- several processes
 
 SMALL = ["--n_conv=4", "--n_primary=2", "--digit_dim=4", "--train_size=120", "--batch_size=10",
-         "--data_deformation", "--epoch=20", "--save_steps=7"]  # 240 steps
+         "--data_deformation", "--epoch=3", "--save_steps=5", "--jit=off", "--deterministic"]
+
+
+def environment(config):
+    there = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    return there | {"TF_CONFIG": json.dumps(config)}
 
 
 class Cluster:
@@ -143,7 +148,7 @@ class Cluster:
                 [sys.executable, ROOT / "main.py", "--strategy=multi_worker",
                  f"--data_dir={ROOT / 'data'}", *words, *more], cwd=folder, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=os.environ | {"TF_CONFIG": json.dumps(config)}))
+                env=environment(config)))
 
     def wait_for_checkpoint(self, folder):
         deadline = time.monotonic() + 120
@@ -175,33 +180,33 @@ def test_two_workers_of_which_one_is_killed_go_on_and_end_as_if_nothing_had_happ
     cluster.wait_for_checkpoint(cut)
     cluster.workers[1].kill()
     killed = time.monotonic()
-    other = Cluster(whole, 2, "--train", "--test", *SMALL)
+    other = Cluster(whole, 2, "--train", *SMALL)
     (code, _, said), (victim, *_) = cluster.ends()
     assert time.monotonic() - killed < 60
     assert (code, victim) == (1, -signal.SIGKILL)
     assert said == ("main.py: another worker stopped or cannot be reached; start all workers again,"
                     " they go on from the last checkpoint\n")
     step = model.saved_steps(cut / "checkpoint/mnist")[0]
-    assert step < 240
+    assert step < 36
     for code, out, said in other.ends():
         assert (code, said) == (0, "")
     cluster = Cluster(cut, 2, "--train", "--test", *SMALL)
     (code, out, said), (code1, out1, said1) = cluster.ends()
     assert (code, said, code1, out1, said1) == (0, "", 0, out1, "")
-    assert f"Going on from step {step} (" in out and "Trained to step 240" in out
+    assert f"Going on from step {step} (" in out and "Trained to step 36" in out
     assert len(out1.splitlines()) == 1  # that it waited: only the chief speaks
-    one, other = checkpoint(whole, 240), checkpoint(cut, 240)
-    assert len(one) == 28 and all(np.array_equal(one[name], other[name]) for name in one)
+    one, other = checkpoint(whole, 36), checkpoint(cut, 36)
+    assert len(one) > 30 and all(np.array_equal(one[name], other[name]) for name in one)
     assert events(cut / "logs/mnist") == events(whole / "logs/mnist")
     files = [sorted(path.name for path in (folder / "logs/mnist/train").iterdir())
              for folder in (cut, whole)]
     assert len(files[1]) == 1  # only the chief writes
-    results = [json.loads((folder / "logs/mnist/test.json").read_text()) for folder in (cut, whole)]
-    assert results[0]["images"] == 10_000 and results[0]["wrong"] == results[1]["wrong"]
+    result = json.loads((cut / "logs/mnist/test.json").read_text())
+    assert result["images"] == 10_000 and f"{result['wrong']} of 10000 wrong" in out
 
 
 def test_of_three_workers_a_killed_chief_and_a_signal_to_another_stop_all(tmp_path):
-    words = ["--train", *SMALL, "--epoch=100"]
+    words = ["--train", *SMALL, "--epoch=100"]  # 1200 steps
     cluster = Cluster(tmp_path, 3, *words)
     cluster.wait_for_checkpoint(tmp_path)
     cluster.workers[0].kill()
@@ -247,14 +252,15 @@ def test_a_tf_config_that_names_no_worker_is_refused_in_one_line(tmp_path, confi
     assert "\n" not in str(e.value)
 
 
-def test_a_worker_whose_others_do_not_come_gives_up_with_one_line(tmp_path):
+def test_a_worker_whose_others_do_not_come_ends_as_it_said(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; "
-            "main.WORKERS_MINUTES = 0.1; main.main(sys.argv)")
+            "main.WORKERS_SECONDS = 3; main.main(sys.argv)")
     alone = subprocess.run(
         [sys.executable, "-c", code, "--train", "--strategy=multi_worker",
-         f"--data_dir={ROOT / 'data'}"], cwd=tmp_path, text=True, capture_output=True, timeout=120,
-        env=os.environ | {"TF_CONFIG": json.dumps(GOOD)}, check=False)
+         f"--data_dir={ROOT / 'data'}"], cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        env=environment(GOOD), check=False)
     assert alone.returncode == 1
-    assert alone.stderr == ("main.py: the other workers of TF_CONFIG did not all come; start all of"
-                            " them\n")
+    assert alone.stderr == "" and alone.stdout == (
+        "Waiting for the other workers of TF_CONFIG; if they do not all come, this one ends after "
+        "0.05 minutes.\n")
     assert not list(tmp_path.iterdir())
