@@ -245,6 +245,10 @@ class Run:
         import model
 
         self.flags, self.argv, self.library = values, argv, model
+        gpu = bool(tf.config.list_physical_devices("GPU"))
+        if values.precision != "float32" and not gpu:
+            raise UsageError("--precision=mixed_bfloat16 is for accelerators and there is none here, "
+                             "expected --precision=float32, which is several times faster on a CPU")
         if values.deterministic:
             tf.config.experimental.enable_op_determinism()
         self.strategy = model.choose_strategy(values.strategy, waiting_for_workers())
@@ -262,10 +266,6 @@ class Run:
         folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
         self.folders = model.Folders(*(
             Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
-        gpu = bool(tf.config.list_physical_devices("GPU"))
-        if values.precision != "float32" and not gpu:
-            raise UsageError("--precision=mixed_bfloat16 is for accelerators and there is none here, "
-                             "expected --precision=float32, which is several times faster on a CPU")
         conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
         tf.keras.utils.set_random_seed(values.seed)

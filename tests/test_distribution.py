@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_model import SCALARS, blobs, events, state, trainer_in
 
 import model
-from test_model import SCALARS, blobs, events, state, trainer_in
 from utils import Plan, UserError
 
 ROOT = Path(__file__).parent.parent

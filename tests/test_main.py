@@ -185,6 +185,11 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     (["--train", "--validation_check", "--train_size=5"], "--train_size"),
     (["--train", "--é=\N{SNOWMAN}"], "é"),
     (["--flagfile=/nowhere/at/all"], "/nowhere/at/all"),
+    (["--train", "--strategy=tpu"], "multi_worker"),
+    (["--train", "--precision=float16"], "mixed_bfloat16"),
+    pytest.param(["--train", "--precision=mixed_bfloat16"], "expected --precision=float32",
+                 marks=pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")),
+                                          reason="an accelerator can do it")),
 ])
 def test_a_wrong_command_line_is_refused_in_one_line_with_exit_code_2(tmp_path, words, named):
     result = run(tmp_path, *words)

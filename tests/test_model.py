@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 import model
+import ops
 import utils
 from utils import Plan, UserError
 
@@ -131,6 +132,31 @@ def test_both_ways_to_convolve_give_the_same_outputs():
     direct, dft = (network(blobs(1), conv=conv)(images) for conv in ("direct", "dft"))
     for one, other in zip(direct, dft):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("conv", ["direct", "dft"])
+def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(conv, monkeypatch):
+    data = blobs(4)
+    exact, mixed = (network(data, conv=conv, dtype=dtype) for dtype in (None, "mixed_bfloat16"))
+    routed = []
+    monkeypatch.setattr(ops, "routing", lambda u_hat, n, routing=ops.routing: routed.append(
+        routing(u_hat, n)) or routed[-1])
+    batch = next(iter(model.batches(data, data.evaluation_plan(), 4)))
+    with tf.GradientTape() as tape:
+        found = model.examine(mixed, data, batch)
+        loss = tf.reduce_mean(found["margin"] + found["reconstruction"])
+    gradients = tape.gradient(loss, [v.value for v in mixed.trainable_variables])
+    assert mixed.conv1(found["canvas"]).dtype == tf.bfloat16
+    assert {g.dtype for g in gradients} == {v.value.dtype for v in mixed.variables} == {tf.float32}
+    assert all(np.isfinite(g).all() for g in gradients)
+    u = mixed.primary(mixed.conv1(found["canvas"]))
+    for tensor in (u, *routed, *(v for n, v in found.items() if n not in (
+            "predictions", "correct"))):
+        assert tensor.dtype == tf.float32
+    expected = model.examine(exact, data, batch)
+    for name in ("lengths", "margin", "reconstruction"):  # bfloat16 has 8 binary digits
+        np.testing.assert_allclose(found[name], expected[name], rtol=0.05, atol=1e-3)
+    assert np.abs(found["lengths"] - expected["lengths"]).max() > 0
 
 
 def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes():
