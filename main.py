@@ -322,9 +322,9 @@ def train(run):
     print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
           f"{run.folders.checkpoint}.")
     if not (values.test or values.tweak_test or values.reconstruction_test):
-        # The same flags, since they say which network and which run.
-        kept = [values[name].serialize() for name in values
-                if values[name].present and name not in (*MODES, "epoch", "restart")]
+        # The same flags, since they say which network and which run; one machine is enough.
+        kept = [values[name].serialize() for name in values if values[name].present
+                and name not in (*MODES, "epoch", "restart", "strategy")]
         print("Next: python main.py --test --reconstruction_test --tweak_test "
               + shlex.join(kept))
 
