@@ -52,6 +52,11 @@ FLAGS = {
         ("decay_rate", 0.7, (1e-6, 1.0), "factor of the learning rate over --decay_steps steps"),
         ("decay_steps", 1000, (1, 10**9), "steps in which the learning rate falls by --decay_rate"),
         ("reconstruction_weight", 0.0005, (0.0, 1e6), "of the summed squared pixel errors"),
+        ("averaging", 0.99, (0.0, 0.99999),
+         "momentum of running averages of the weights, which are what is tested; 0: none"),
+        ("initialization", "glorot", ("glorot", "authors"), "of the weights"),
+        ("recipe", "default", ("default", "authors"),
+         "authors: their public code's settings, for the flags of them not given"),
         ("seed", 0, (0, 2**31 - 1), "of the first weights, the order, the shifts and the pairs"),
         ("save_steps", 500, (1, 10**9), "steps between checkpoints (one an epoch besides)"),
         ("restart", False, None, "with --train: move an earlier run aside and begin anew"),
@@ -91,6 +96,9 @@ FLAGS = {
         ("logdir", "logs", None, "of TensorBoard events and test.json"),
     ],
 }
+# The authors' public code: 300,000 steps, the margin loss halved and averaged over ten classes too.
+AUTHORS = {"epoch": 640, "batch_size": 128, "decay_rate": 0.96, "decay_steps": 2000,
+           "reconstruction_weight": 0.01, "averaging": 0.0, "initialization": "authors"}
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
 GRID_IMAGES = 64
@@ -146,6 +154,10 @@ def parse(argv):
                              f"{bounds[1]:g}")
         if isinstance(default, str) and not value:
             raise UsageError(f"--{name} is empty, expected a name")
+    if values.recipe == "authors":
+        for name, value in AUTHORS.items():
+            if not values[name].present:
+                setattr(values, name, value)
     if values.restart and not values.train:
         raise UsageError("--restart begins a training anew and needs --train")
     folder = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
@@ -274,7 +286,8 @@ class Run:
                 self.model = model.CapsNet(
                     self.train_data.canvas_shape(), len(self.dataset.class_names), values.n_conv,
                     values.n_primary, values.primary_dim, values.digit_dim,
-                    values.routing_iterations, conv=conv, dtype=values.precision)
+                    values.routing_iterations, conv=conv,
+                    initialization=values.initialization, dtype=values.precision)
         except ValueError as error:
             raise UserError(f"{values.dataset}: {error}") from None
 
@@ -283,7 +296,8 @@ class Run:
         best = self.flags.validation_check
         folder = self.folders.best if best else self.folders.checkpoint
         self.facts = self.library.load_weights(self.model, folder, print)
-        print(f"Weights of step {self.facts['step']} from {folder}")
+        averaged = ", averaged over the last steps" * bool(self.facts["training"].get("averaging"))
+        print(f"Weights of step {self.facts['step']} from {folder}{averaged}")
 
 
 def train(run):
@@ -300,7 +314,7 @@ def train(run):
     digest.update(np.ascontiguousarray(run.train_data.labels))
     facts = {name: getattr(values, name) for name in (
         "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation",
-        "precision")}
+        "initialization", "precision")}
     if values.multi_MNIST:
         del facts["data_deformation"]
     facts["data"] = digest.hexdigest()[:16]

@@ -29,6 +29,9 @@ AGREEING_STEPS = 10  # after so many, workers ask each other whether one is to s
 ROUTED_AT_ONCE = 16  # images, where weights rest on a CPU: their votes fit in its cache
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
+INITIALIZATIONS = {  # of conv1, and of primary capsules and decoder; see `ops.initializers`
+    "glorot": ({}, {}), "authors": ({"stddev": 0.05, "first_bias": 0.1},
+                                       {"stddev": 0.1, "first_bias": 0.1})}
 READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, AssertionError)
 
 
@@ -46,6 +49,8 @@ class CapsNet(keras.Model):
         kernel_size: pixels, of both convolutions.
         decoder_units: widths of the decoder's hidden layers.
         conv: "direct" or "dft", how both convolutions are computed (see `ops.Convolution`).
+        initialization: "glorot", uniform with biases of 0, or "authors", the truncated normals of
+            the paper's authors' public code with biases of 0.1.
         dtype: policy of Keras. Under "mixed_bfloat16" products are, but those of routing and of
             spectra; squash, routing, lengths and losses stay float32.
 
@@ -55,7 +60,7 @@ class CapsNet(keras.Model):
 
     def __init__(self, image_shape, n_classes, n_conv=256, n_primary=32, primary_dim=8,
                  digit_dim=16, routing_iterations=3, kernel_size=9, decoder_units=(512, 1024),
-                 conv="direct", **kwargs):
+                 conv="direct", initialization="glorot", **kwargs):
         super().__init__(**kwargs)
         smallest = 2 * kernel_size - 1
         if min(image_shape[:2]) < smallest:
@@ -66,15 +71,18 @@ class CapsNet(keras.Model):
             "n_primary": n_primary, "primary_dim": primary_dim, "digit_dim": digit_dim,
             "routing_iterations": routing_iterations, "kernel_size": kernel_size,
             "decoder_units": tuple(decoder_units), "conv": conv,
+            "initialization": initialization,
         }
+        first, others = INITIALIZATIONS[initialization]
         self.conv1 = ops.Convolution(n_conv, kernel_size, relu=True, method=conv, name="conv1",
-                                     dtype=self.dtype_policy)
+                                     dtype=self.dtype_policy, **first)
         self.primary = ops.PrimaryCapsules(n_primary, primary_dim, kernel_size, method=conv,
-                                           name="primary_capsules", dtype=self.dtype_policy)
+                                           name="primary_capsules", dtype=self.dtype_policy,
+                                           **others)
         self.digits = ops.DigitCapsules(n_classes, digit_dim, routing_iterations,
                                         name="digit_capsules", dtype=self.dtype_policy)
         self.decoder = ops.Decoder(image_shape, decoder_units, name="decoder",
-                                   dtype=self.dtype_policy)
+                                   dtype=self.dtype_policy, **others)
         shape = (None, *image_shape)
         for layer in (self.conv1, self.primary, self.digits, self.decoder):
             layer.build(shape)
@@ -360,11 +368,14 @@ def differences(old, new):
 
 def shape_of(model):
     """What must agree for weights to fit, and nothing that does not matter for it."""
-    return {name: value for name, value in model.settings.items() if name != "conv"}
+    return {name: value for name, value in model.settings.items()
+            if name not in ("conv", "initialization")}
 
 
 def load_weights(model, folder, report):
     """Restore the newest whole checkpoint of a folder and return its facts.
+
+    If the training kept averages of the weights, the model gets these.
 
     Raises:
         UserError: there is none, all are damaged, or it is of another network.
@@ -377,6 +388,10 @@ def load_weights(model, folder, report):
             raise UserError(f"{folder}/ckpt-{step} holds another network: {differing}; give the "
                             "flags that it was trained with, or another folder")
         _restore(tf.train.Checkpoint(weights=_by_path(model.variables)), folder, step)
+        if facts["training"].get("averaging"):
+            averages = {f"adam/{v.path.replace('/', '_')}_average": v.value
+                        for v in model.variables}
+            _restore(tf.train.Checkpoint(optimizer=averages), folder, step)
         return facts
 
     facts, _ = newest_readable(folder, read, report)
@@ -486,6 +501,7 @@ class Training(NamedTuple):
     decay_rate: float = 0.7
     decay_steps: int = 1000
     reconstruction_weight: float = 0.0005
+    averaging: float = 0.99  # see `AveragingAdam`; 0: no averages are kept
 
 
 class Folders(NamedTuple):
@@ -494,6 +510,20 @@ class Folders(NamedTuple):
     checkpoint: Path
     best: Path
     logs: Path
+
+
+class AveragingAdam(keras.optimizers.Adam):
+    """Adam whose running averages soon forget the first weights: after t steps their momentum is
+    at most (1 + t) / (10 + t), as in `tf.train.ExponentialMovingAverage`."""
+
+    @property
+    def ema_momentum(self):
+        steps = tf.cast(self.iterations, tf.float32)
+        return tf.minimum(self.largest_momentum, (1 + steps) / (10 + steps))
+
+    @ema_momentum.setter
+    def ema_momentum(self, value):
+        self.largest_momentum = value
 
 
 class Trainer:
@@ -524,7 +554,8 @@ class Trainer:
         schedule = keras.optimizers.schedules.ExponentialDecay(
             how.learning_rate, how.decay_steps, how.decay_rate)
         with self.strategy.scope():
-            self.optimizer = keras.optimizers.Adam(schedule, name="adam")
+            self.optimizer = AveragingAdam(
+                schedule, name="adam", use_ema=how.averaging > 0, ema_momentum=how.averaging)
             self.optimizer.build(model.trainable_variables)
         self.step = 0  # how many are done
         self.sums = np.zeros(4)  # margin, reconstruction, correct and images of this epoch so far
@@ -824,11 +855,12 @@ class Trainer:
     def _end_epoch(self, last_step):
         """Pictures, validation, and the best weights so far; all before the epoch's checkpoint."""
         self.sums = np.zeros(4)
-        if self.chief:
-            self._draw_examples()
-        if not self.validation:
-            return
-        found = evaluate(self._validate, self.validation, self._validation_plan)
+        with self.averaged():
+            if self.chief:
+                self._draw_examples()
+            if not self.validation:
+                return
+            found = evaluate(self._validate, self.validation, self._validation_plan)
         loss = self._total(found["margin_loss"], found["reconstruction_loss"])
         improved = loss < self.best
         self.report(f"Validation after step {self.step}: loss {loss:.5f}, "
@@ -840,6 +872,16 @@ class Trainer:
             self._scalars(found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
         if improved:
             self._write(self._best_manager, last_step)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within it the model has the averages of its weights, if they are kept."""
+        weights = self.model.get_weights()
+        self.optimizer.finalize_variable_values(self.model.trainable_variables)
+        try:
+            yield
+        finally:
+            self.model.set_weights(weights)
 
     def _draw_examples(self):
         data = self.validation or self.data

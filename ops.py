@@ -343,6 +343,12 @@ def patches_conv2d(images, kernel, stride):
 # --- Layers --------------------------------------------------------------------------------------
 
 
+def initializers(stddev, first_bias):
+    """Of a kernel and its biases: a truncated normal, or Glorot's uniform (None); a constant."""
+    kernel = "glorot_uniform" if stddev is None else keras.initializers.TruncatedNormal(0.0, stddev)
+    return kernel, keras.initializers.Constant(first_bias)
+
+
 @register
 class Convolution(keras.layers.Layer):
     """Valid 2-D convolution with bias.
@@ -354,25 +360,29 @@ class Convolution(keras.layers.Layer):
         relu: whether a ReLU follows.
         method: "direct" (the library's, fastest on accelerators), or "dft" (products of spectra;
             for images of up to 4 channels, where they gain nothing, products with patches).
+        stddev, first_bias: see `initializers`.
 
     Raises:
         ValueError: a method that does not exist, or an image smaller than the kernel.
     """
 
-    def __init__(self, filters, kernel_size, stride=1, relu=False, method="direct", **kwargs):
+    def __init__(self, filters, kernel_size, stride=1, relu=False, method="direct", stddev=None,
+                 first_bias=0.0, **kwargs):
         super().__init__(**kwargs)
         if method not in CONV_METHODS:
             raise ValueError(f"method must be one of {CONV_METHODS}. Received: method={method!r}")
         self.filters, self.kernel_size, self.stride = filters, kernel_size, stride
-        self.relu, self.method = relu, method
+        self.relu, self.method, self.stddev, self.first_bias = relu, method, stddev, first_bias
 
     def build(self, input_shape):
         *size, channels = input_shape[1:]
         k = self.kernel_size
         self.plan = conv_plan(tuple(size), (k, k), self.stride)
         self.way = "patches" if self.method == "dft" and channels <= PATCH_CHANNELS else self.method
-        self.kernel = self.add_weight(shape=(k, k, channels, self.filters), name="kernel")
-        self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
+        kernel, bias = initializers(self.stddev, self.first_bias)
+        self.kernel = self.add_weight(
+            shape=(k, k, channels, self.filters), initializer=kernel, name="kernel")
+        self.bias = self.add_weight(shape=(self.filters,), initializer=bias, name="bias")
 
     def spectrum(self):
         """What of the kernel can be computed once for many calls, or None."""
@@ -400,7 +410,7 @@ class Convolution(keras.layers.Layer):
         return (input_shape[0], rows, columns, self.filters)
 
     def get_config(self):
-        names = ("filters", "kernel_size", "stride", "relu", "method")
+        names = ("filters", "kernel_size", "stride", "relu", "method", "stddev", "first_bias")
         return super().get_config() | {name: getattr(self, name) for name in names}
 
 
@@ -413,7 +423,7 @@ class PrimaryCapsules(Convolution):
 
     Args:
         n_types, dim: capsule types and their dimension (paper: 32 and 8).
-        kernel_size, stride, method: as in `Convolution`.
+        kernel_size, stride, method, stddev, first_bias: as in `Convolution`.
     """
 
     def __init__(self, n_types, dim, kernel_size=9, stride=2, method="direct", **kwargs):
@@ -488,19 +498,27 @@ class Decoder(keras.layers.Layer):
     Args:
         image_shape: (H, W, C) of the reconstruction.
         units: widths of the hidden layers (paper: 512 and 1024).
+        stddev, first_bias: see `initializers`.
     """
 
-    def __init__(self, image_shape, units=(512, 1024), **kwargs):
+    def __init__(self, image_shape, units=(512, 1024), stddev=None, first_bias=0.0, **kwargs):
         super().__init__(**kwargs)
         self.image_shape, self.units = tuple(image_shape), tuple(units)
+        self.stddev, self.first_bias = stddev, first_bias
+
+        def dense(size, activation, **options):
+            kernel, biases = initializers(stddev, first_bias)
+            return keras.layers.Dense(size, activation, kernel_initializer=kernel,
+                                      bias_initializer=biases, **options)
+
         # Named, because Keras would number on from the networks made before in the process, and the
         # names are those of a checkpoint.
         self.hidden = [
-            keras.layers.Dense(n, activation="relu", name=f"hidden_{i}", dtype=self.dtype_policy)
+            dense(n, "relu", name=f"hidden_{i}", dtype=self.dtype_policy)
             for i, n in enumerate(self.units, 1)
         ]
         size = int(np.prod(self.image_shape))
-        self.pixels = keras.layers.Dense(size, activation="sigmoid", name="pixels", dtype="float32")
+        self.pixels = dense(size, "sigmoid", name="pixels", dtype="float32")
 
     def build(self, input_shape):
         _, j, d = input_shape
@@ -520,5 +538,5 @@ class Decoder(keras.layers.Layer):
         return (input_shape[0], mask_shape[1], *self.image_shape)
 
     def get_config(self):
-        config = {"image_shape": self.image_shape, "units": self.units}
-        return super().get_config() | config
+        names = ("image_shape", "units", "stddev", "first_bias")
+        return super().get_config() | {name: getattr(self, name) for name in names}

@@ -143,6 +143,19 @@ def test_a_flag_is_switched_by_all_four_spellings(name):
         assert getattr(main.parse(["main.py", *needed, *words]), name) is value
 
 
+def test_the_recipe_of_the_authors_fills_in_only_the_flags_that_are_not_given():
+    given = ["main.py", "--train", "--batch_size=32", "--epoch=10"]
+    plain, theirs = main.parse(given), main.parse([*given, "--recipe=authors"])
+    assert (theirs.batch_size, theirs.epoch, theirs.learning_rate) == (32, 10, 0.001)
+    assert (theirs.decay_rate, theirs.decay_steps, theirs.initialization, theirs.averaging) == (
+        0.96, 2000, "authors", 0)
+    # Halved and averaged over ten classes, the margin loss weighs 20 times less.
+    assert theirs.reconstruction_weight == pytest.approx(20 * 0.0005)
+    assert main.parse(["main.py", "--train", "--recipe=authors"]).batch_size == 128
+    changed = {name for name in plain if plain[name].value != theirs[name].value}
+    assert changed == {"recipe", *main.AUTHORS} - {"batch_size", "epoch"}
+
+
 def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     for words in [], ["--epoch=3"], ["--notrain", "--test=False"]:
         result = run(tmp_path, *words)
@@ -294,8 +307,8 @@ def test_the_json_file_has_the_accuracy_that_counting_image_by_image_gives(story
     keep = tf.train.load_checkpoint(str(story.folder / "checkpoint/mnist.1"))
     net = model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4)
     for variable in net.variables:
-        variable.assign(keep.get_tensor(
-            f"weights/{variable.path.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE"))
+        name = f"adam.S{variable.path.replace('/', '_')}_average"
+        variable.assign(keep.get_tensor(f"optimizer/{name}/.ATTRIBUTES/VARIABLE_VALUE"))
     lengths = np.concatenate([net(image[None] / np.float32(255))[0] for image in few.x_test])
     wrong = int((lengths.argmax(axis=1) != few.y_test).sum())
     found = story.json

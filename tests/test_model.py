@@ -348,6 +348,50 @@ def test_the_first_step_moves_weights_by_the_learning_rate_and_the_last_by_its_d
     assert float(trainer.optimizer.learning_rate) == pytest.approx(0.004 * 0.5 ** (12 / 3))
 
 
+@pytest.mark.parametrize("averaging", [0.99, 0.4, 0.0])
+def test_what_is_tested_and_validated_is_the_running_average_of_the_weights(
+        tmp_path, averaging, monkeypatch):
+    average, validated = [], []
+
+    def note(at):
+        for weights in [trainer.model.get_weights()]:
+            old = average[-1] if average else weights
+            steps = len(average)
+            momentum = min(averaging, (1 + steps) / (10 + steps))
+            average.append([momentum * a + (1 - momentum) * w for a, w in zip(old, weights)])
+
+    def evaluate(compiled, data, plan, evaluate=model.evaluate):
+        validated.append(trainer.model.get_weights())
+        return evaluate(compiled, data, plan)
+
+    monkeypatch.setattr(model, "evaluate", evaluate)
+    trainer = trainer_in(tmp_path, averaging=averaging, learning_rate=0.01)
+    trainer.fit(2, on_step=note)
+    net = network(blobs(1), seed=7)
+    model.load_weights(net, tmp_path / "checkpoint", print)
+    for found, expected in (*zip(validated, (average[5], average[11])),
+                            (net.get_weights(), average[11])):
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
+    moved = max(np.abs(w - a).max() for w, a in zip(trainer.model.get_weights(), average[11]))
+    assert (moved > 1e-4) == (averaging > 0)  # training itself went on with the weights
+
+
+def test_the_initialization_of_the_authors_has_their_deviations_and_biases():
+    data = model.Data(np.zeros((1, 28, 28, 1), np.uint8), np.zeros(1, np.int32))
+    net = network(data, initialization="authors", n_conv=60, kernel_size=9, decoder_units=(90, 99))
+    dense = [*net.decoder.hidden, net.decoder.pixels]
+    # A normal cut at two standard deviations has 0.88 of it.
+    for kernel, stddev in [(net.conv1.kernel, 0.05), (net.primary.kernel, 4 * 0.1),
+                           *((layer.kernel, 0.1) for layer in dense)]:
+        assert np.std(kernel) == pytest.approx(0.88 * stddev, rel=0.05)
+        assert 1.9 * stddev < np.abs(kernel).max() <= 2.001 * stddev
+    for layer in net.conv1, net.primary, *dense:
+        np.testing.assert_array_equal(layer.bias, np.full(layer.bias.shape, np.float32(0.1)))
+    again = model.CapsNet.from_config(net.get_config())
+    assert again.settings == net.settings and np.all(again.primary.bias == np.float32(0.1))
+
+
 # ---------------------------------------------------------------- what a run leaves
 
 
@@ -553,10 +597,11 @@ def test_half_an_event_at_the_end_of_a_file_is_dropped_and_the_whole_ones_stay(c
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-def saved_weights(folder, step):
-    """W of the digit capsules in a checkpoint."""
+def saved_weights(folder, step, averaged=False):
+    """W of the digit capsules in a checkpoint, or its running average."""
     reader = tf.train.load_checkpoint(str(folder / f"ckpt-{step}"))
-    (name,) = (n for n in reader.get_variable_to_shape_map() if n.startswith("weights/digit"))
+    part = "optimizer/adam.Sdigit_capsules_W_average" if averaged else "weights/digit"
+    (name,) = (n for n in reader.get_variable_to_shape_map() if n.startswith(part))
     return reader.get_tensor(name)
 
 
@@ -609,8 +654,8 @@ def test_instead_of_a_damaged_checkpoint_the_one_before_is_used_and_said_so(copy
     trainer = trainer_in(copy, report=lines.append)
     trainer.resume()
     assert trainer.step == trainer.restored == 10
-    for used in net, trainer.model:
-        np.testing.assert_array_equal(used.digits.W.numpy(), expected)
+    np.testing.assert_array_equal(trainer.model.digits.W.numpy(), expected)
+    np.testing.assert_array_equal(net.digits.W.numpy(), saved_weights(folder, 10, averaged=True))
     # Without its index it is what a kill in mid-save leaves: never finished, and so no news.
     news = [f"Checkpoint {folder}/ckpt-12 is damaged; trying the one before."]
     assert lines == ([] if damage is lose_index else 2 * news)
