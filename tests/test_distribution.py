@@ -215,11 +215,11 @@ def test_of_three_workers_a_killed_chief_and_a_signal_to_another_stop_all(tmp_pa
         assert code == 1 and said.startswith("main.py: another worker stopped or cannot be reached")
         assert said.count("\n") == 1
     before = model.saved_steps(tmp_path / "checkpoint/mnist")[0]
-    cluster = Cluster(tmp_path, 3, *words)
+    cluster = Cluster(tmp_path, 2, *words)  # another number of workers may go on
     for line in cluster.workers[0].stdout:
         if line.startswith("Epoch"):
             break
-    cluster.workers[2].send_signal(signal.SIGTERM)
+    cluster.workers[1].send_signal(signal.SIGTERM)
     for code, _, said in cluster.ends():
         assert (code, said) == (143, "Stopped, and saved. To go on: the same command again.\n")
     assert before < model.saved_steps(tmp_path / "checkpoint/mnist")[0] < 1200
