@@ -30,8 +30,9 @@ ROUTED_AT_ONCE = 16  # images, where weights rest on a CPU: their votes fit in i
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
 INITIALIZATIONS = {  # of conv1, and of primary capsules and decoder; see `ops.initializers`
-    "glorot": ({}, {}), "authors": ({"stddev": 0.05, "first_bias": 0.1},
-                                       {"stddev": 0.1, "first_bias": 0.1})}
+    "glorot": ({}, {}),
+    "authors": ({"stddev": 0.05, "first_bias": 0.1}, {"stddev": 0.1, "first_bias": 0.1}),
+}
 READ_ERRORS = (tf.errors.OpError, ValueError, KeyError, IndexError, AssertionError)
 
 

@@ -354,11 +354,10 @@ def test_what_is_tested_and_validated_is_the_running_average_of_the_weights(
     average, validated = [], []
 
     def note(at):
-        for weights in [trainer.model.get_weights()]:
-            old = average[-1] if average else weights
-            steps = len(average)
-            momentum = min(averaging, (1 + steps) / (10 + steps))
-            average.append([momentum * a + (1 - momentum) * w for a, w in zip(old, weights)])
+        weights, steps = trainer.model.get_weights(), len(average)
+        momentum = min(averaging, (1 + steps) / (10 + steps))
+        old = average[-1] if average else weights
+        average.append([momentum * a + (1 - momentum) * w for a, w in zip(old, weights)])
 
     def evaluate(compiled, data, plan, evaluate=model.evaluate):
         validated.append(trainer.model.get_weights())
