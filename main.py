@@ -13,11 +13,13 @@ import contextlib
 import datetime
 import faulthandler
 import hashlib
+import json
 import math
 import os
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +37,11 @@ FLAGS = {
         ("test", False, None, "accuracy and losses over all test images"),
         ("reconstruction_test", False, None, "pictures of reconstructions, to --sample_dir"),
         ("tweak_test", False, None, "pictures of capsules changed step by step, to --tweak_dir"),
+        ("export", "", None, "write the network to this new folder, for use without this program"),
+    ],
+    "Weights": [
+        ("pretrained", False, None,
+         "examine or export the weights that come with this program, without training"),
     ],
     "Data": [
         ("dataset", "mnist", tuple(utils.CLASS_NAMES), "the images"),
@@ -100,7 +107,6 @@ FLAGS = {
 AUTHORS = {"epoch": 640, "batch_size": 128, "decay_rate": 0.96, "decay_steps": 2000,
            "reconstruction_weight": 0.01, "averaging": 0.0, "initialization": "authors"}
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
-TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
 GRID_IMAGES = 64
 WORKERS_SECONDS = 600
 
@@ -118,7 +124,7 @@ def help_text():
             if isinstance(default, bool):
                 shown, note = f"--[no]{name}", ""
             elif isinstance(default, str):
-                shown = f"--{name}=" + ("|".join(bounds) if bounds else default)
+                shown = f"--{name}=" + ("|".join(bounds) if bounds else default or "DIR")
                 note = f" (default {default})" if bounds else ""
             else:
                 shown, note = f"--{name}={default}", f" ({bounds[0]:g} to {bounds[1]:g})"
@@ -152,7 +158,7 @@ def parse(argv):
         if type(default) in (int, float) and not bounds[0] <= value <= bounds[1]:  # nan: neither
             raise UsageError(f"--{name}={value} is out of bounds, expected {bounds[0]:g} to "
                              f"{bounds[1]:g}")
-        if isinstance(default, str) and not value:
+        if isinstance(default, str) and default and not value:
             raise UsageError(f"--{name} is empty, expected a name")
     if values.recipe == "authors":
         for name, value in AUTHORS.items():
@@ -160,6 +166,9 @@ def parse(argv):
                 setattr(values, name, value)
     if values.restart and not values.train:
         raise UsageError("--restart begins a training anew and needs --train")
+    if values.pretrained and (values.train or values.validation_check):
+        raise UsageError("--pretrained takes the weights that come with the program and cannot be "
+                         "combined with --train or --validation_check")
     folder = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
     if len({os.path.realpath(f) for f in (folder, values.val_checkpoint_dir, values.logdir)}) < 3:
         raise UsageError("the folders of checkpoints, of the best by validation and of events are "
@@ -272,12 +281,16 @@ class Run:
         size = values.train_size or None
         self.train_data = model.Data(
             self.dataset.x_train[:size], self.dataset.y_train[:size], margin,
-            4 if overlap else 2 * values.data_deformation, overlap)
+            4 if overlap else 2 * values.data_deformation, overlap, self.dataset.class_names)
         self.test_data = model.Data(
-            self.dataset.x_test, self.dataset.y_test, margin, margin, overlap)
+            self.dataset.x_test, self.dataset.y_test, margin, margin, overlap,
+            self.dataset.class_names)
         folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
         self.folders = model.Folders(*(
             Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
+        if values.pretrained:  # not among the figures of a run of the user's own
+            self.folders = self.folders._replace(
+                logs=Path(values.logdir) / f"{self.name}_pretrained")
         conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
         tf.keras.utils.set_random_seed(values.seed)
@@ -293,11 +306,38 @@ class Run:
 
     def load(self):
         """Restore the weights to be examined, and say which."""
-        best = self.flags.validation_check
-        folder = self.folders.best if best else self.folders.checkpoint
-        self.facts = self.library.load_weights(self.model, folder, print)
+        if self.flags.pretrained:
+            folder = Path(__file__).parent / "pretrained" / self.name
+            self.facts = self.library.load_pretrained(self.model, folder)
+        else:
+            best = self.flags.validation_check
+            folder = self.folders.best if best else self.folders.checkpoint
+            self.facts = self.library.load_weights(self.model, folder, print)
         averaged = ", averaged over the last steps" * bool(self.facts["training"].get("averaging"))
         print(f"Weights of step {self.facts['step']} from {folder}{averaged}")
+
+    def log_pictures(self, name, pictures):
+        """Show pictures (H, W, 3) in TensorBoard too, in place of those of an earlier command."""
+        tf = self.library.tf
+        with self.library.replacing_events(self.folders.logs / "test", name, self.facts["step"]):
+            for tag, picture in pictures.items():
+                tf.summary.image(tag, picture[None])
+
+
+def say_network(run, data):
+    """Layers with their outputs and parameters, and what they are trained on."""
+    rows, shape = [], (None, *data.canvas_shape())
+    for layer in (run.model.conv1, run.model.primary, run.model.digits, run.model.decoder):
+        shape = layer.compute_output_shape(shape)
+        size = " × ".join(map(str, shape[-3:] if layer is run.model.decoder else shape[1:]))
+        rows.append(f"  {layer.name.replace('_', ' '):<18}{size:<16}{layer.count_params():>12,}")
+    print(f"CapsNet                   output  {run.model.count_params():>12,} parameters")
+    print("\n".join(rows))
+    height, width, channels = data.canvas_shape()
+    batch = run.flags.batch_size
+    print(f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {height}×{width}×"
+          f"{channels}, {len(data.class_names)} classes; batches of {batch}, "
+          f"{math.ceil(len(data.labels) / batch):,} steps an epoch", flush=True)
 
 
 def train(run):
@@ -318,6 +358,7 @@ def train(run):
     if values.multi_MNIST:
         del facts["data_deformation"]
     facts["data"] = digest.hexdigest()[:16]
+    say_network(run, data)
     how = model.Training(**{name: getattr(values, name) for name in model.Training._fields})
     with Display() as display:
         trainer = model.Trainer(run.model, data, validation, how, run.folders, facts, run.jit,
@@ -335,7 +376,13 @@ def train(run):
         return
     print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
           f"{run.folders.checkpoint}.")
-    if not (values.test or values.tweak_test or values.reconstruction_test):
+    if run.chief:
+        curves = {name: model.read_scalars(run.folders.logs / name)[0]
+                  for name in ("train", "validation")[:1 + bool(validation)]}
+        path = Path(values.sample_dir) / "learning_curve.png"
+        utils.save_learning_curves(path, curves, trainer.steps_per_epoch)
+        say_written([path])
+    if not (values.test or values.tweak_test or values.reconstruction_test or values.export):
         # The same flags, since they say which network and which run; one machine is enough.
         kept = [values[name].serialize() for name in values if values[name].present
                 and name not in (*MODES, "epoch", "restart", "strategy")]
@@ -347,6 +394,36 @@ def flag_table(values):
     """The flags as a Markdown table, for TensorBoard."""
     rows = [f"| {name} | {value} |" for name, value in values.flag_values_dict().items()]
     return "\n".join(["| flag | value |", "|---|---|", *rows])
+
+
+def machine():
+    """The processor, how many of it, and the accelerators, in a line."""
+    import tensorflow as tf
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
+    gpus = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+            for gpu in tf.config.list_physical_devices("GPU")]
+    return ", ".join([f"{name} ({os.cpu_count()} cores)", *(gpus or ["no GPU"])])
+
+
+def commit():
+    """The commit of this program, with "-dirty" if files were changed since; None without git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
+
+
+def training_seconds(run):
+    """How long the weights were trained, by the events of the training; None if these are gone."""
+    if "seconds" in run.facts:
+        return run.facts["seconds"]
+    scalars, seconds = run.library.read_scalars(run.folders.logs / "train")
+    whole = scalars and scalars["loss/total"][0][-1] >= run.facts["step"]
+    return seconds if whole else None
 
 
 def test(run):
@@ -379,7 +456,8 @@ def test(run):
         "total_loss": total, "accuracy_per_class": per_class,
         "images_per_second": len(correct) / seconds, "dataset": run.name,
         "checkpoint_step": run.facts["step"], "seed": run.facts["training"]["seed"],
-        "training": run.facts["training"], "flags": run.flags.flag_values_dict(),
+        "training": run.facts["training"], "training_seconds": training_seconds(run),
+        "machine": machine(), "commit": commit(), "flags": run.flags.flag_values_dict(),
         "command": shlex.join(run.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
@@ -394,6 +472,8 @@ def test(run):
     print("Accuracy per class: " + ", ".join(
         f"{name} {100 * share:.2f}%" for name, share in per_class.items() if share is not None))
     utils.write_json(run.folders.logs / "test.json", result)
+    with run.library.replacing_events(run.folders.logs / "test", "evaluation", run.facts["step"]):
+        run.library.summarize(data, found, total)
     samples = Path(run.flags.sample_dir)
     written = [run.folders.logs / "test.json"]
     if data.overlap:
@@ -433,46 +513,104 @@ def reconstruction_test(run):
     data, names = run.test_data, run.dataset.class_names
     count = min(GRID_IMAGES, len(data.labels))
     seen = examine(run, data, np.arange(count))
-    # Two overlapping digits are shown as they were laid over each other.
-    with_label, without = (np.minimum(seen[name].sum(axis=1), 1)
-                           for name in ("with_label", "without_label"))
     folder = Path(run.flags.sample_dir)
-    grids = {"samples_arrange": seen["canvas"], "recon_samples_with_label_arrange": with_label,
-             "recon_samples_without_label_arrange": without}
+    grids = {"samples_arrange": seen["canvas"],
+             "recon_samples_with_label_arrange": utils.merge(seen["with_label"]),
+             "recon_samples_without_label_arrange": utils.merge(seen["without_label"])}
     for name, images in grids.items():
         utils.save_grid(folder / f"{name}.png", images)
-
-    def spell(classes):  # (B, K) -> one class for each image; a pair is a class of its own
-        return ["+".join(names[c] for c in sorted(row)) for row in classes]
-
-    true, guessed = spell(seen["labels"]), spell(seen["predictions"])
-    spelled = sorted({*true, *guessed})
-    utils.save_reconstructions(
-        folder / "reconstruction.png", seen["canvas"], with_label, without,
-        np.array([spelled.index(c) for c in true]), np.array([spelled.index(c) for c in guessed]),
-        spelled)
+    sheet = utils.save_reconstructions(
+        folder / "reconstruction.png", seen["canvas"], seen["with_label"], seen["without_label"],
+        seen["labels"], seen["predictions"], names)
+    run.log_pictures("reconstructions", {"reconstructions": sheet})
     say_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
 
 
 def tweak_test(run):
     """Draw the reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
     data, names, folder = run.test_data, run.dataset.class_names, Path(run.flags.tweak_dir)
-    count = min(run.flags.tweak_num, len(data.labels))
-    seen = examine(run, data, np.arange(count))
-    capsules, chosen = seen["capsules"], seen["predictions"][:, 0]
-    dims = capsules.shape[-1]
-    mask = np.eye(capsules.shape[1], dtype=np.float32)[chosen].repeat(len(TWEAKS), axis=0)
-    first = []
-    for dim in range(dims):
-        moved = capsules[:, None].repeat(len(TWEAKS), axis=1)  # (digits, steps, J, D)
-        moved[np.arange(count), :, chosen, dim] += TWEAKS
-        decoded = run.model.decoder(moved.reshape(-1, *capsules.shape[1:]), mask[:, None]).numpy()
-        decoded = decoded.reshape(count, len(TWEAKS), *decoded.shape[2:])
-        first.append(decoded[0])
-        utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded, TWEAKS, dim,
-                         [names[c] for c in chosen])
-    utils.save_tweak_overview(folder / "overview.png", np.stack(first), TWEAKS, names[chosen[0]])
-    say_written([folder / f"tweak_result_0.png to _{dims - 1}.png", folder / "overview.png"])
+    deltas = run.library.TWEAKS
+    seen = examine(run, data, np.arange(min(run.flags.tweak_num, len(data.labels))))
+    chosen = seen["predictions"][:, 0]
+    images = run.library.tweak(run.model, seen["capsules"], chosen)  # (D, digits, steps, H, W, C)
+    shown = [names[c] for c in chosen]
+    for dim, decoded in enumerate(images):
+        utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded, deltas, dim, shown)
+    overview = utils.save_tweak_overview(folder / "overview.png", images[:, 0], deltas, shown[0])
+    utils.save_sweep(folder / "sweep.gif", images, deltas, shown)
+    run.log_pictures("tweaks", {"tweaks": overview})
+    say_written([folder / f"tweak_result_0.png to _{len(images) - 1}.png",
+                 folder / "overview.png", folder / "sweep.gif"])
+
+
+def export(run):
+    """Write the network to a new folder, with a card that says what it is. Raises UserError."""
+    folder, result = Path(run.flags.export), None
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads((run.folders.logs / "test.json").read_text())
+    facts = run.facts | {"seconds": training_seconds(run)}
+    run.library.export(run.model, folder, facts, model_card(run, facts, result),
+                       1 + run.test_data.overlap)
+    say_written([folder / name for name in (
+        "capsnet.keras", "saved_model", "weights.npz", "README.md")])
+
+
+def model_card(run, facts, result):
+    """What a network is, what it was trained on, what it reaches and how to load it: Markdown.
+
+    `result` is what `test` wrote, or None; it is quoted if it is of these weights.
+    """
+    training, (height, width, channels) = facts["training"], facts["shape"]["image_shape"]
+    if result and (result["checkpoint_step"], result["training"]) == (facts["step"], training):
+        figures = (f"{result['error_percent']:.2f}% error ({result['wrong']:,} of "
+                   f"{result['images']:,} wrong), {result['date'][:10]}, TensorFlow "
+                   f"{result['versions']['tensorflow']}.")
+    else:
+        figures = "Not measured: these weights were exported without a test of them."
+    shown = 1 + run.test_data.overlap
+    seconds = f" in {facts['seconds'] / 60:.0f} minutes" if facts["seconds"] else ""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in
+                         (facts["shape"] | training).items())
+    names = ", ".join(run.dataset.class_names)
+    return f"""# CapsNet for {run.name}
+
+A capsule network with dynamic routing (Sabour, Frosst, Hinton: *Dynamic Routing Between Capsules*,
+2017, arXiv:1710.09829), {run.model.count_params():,} parameters, trained for {facts['step']:,} steps{seconds}.
+
+**Input**: float32 (N, {height}, {width}, {channels}), pixels from 0 (background) to 1, white on black as in the training images.
+**Output**: `lengths` (N, {len(run.dataset.class_names)}), from 0 to 1, how much the network sees each class; `capsules`
+(N, {facts['shape']['n_classes']}, {facts['shape']['digit_dim']}), their direction says how it looks; `reconstructions` (N, {shown}, {height}, {width}, {channels}) of the {shown} longest.
+**Classes**, in this order: {names}.
+
+Test images of {run.name}: {figures}
+
+## Loading it
+
+The SavedModel needs TensorFlow alone:
+
+    import tensorflow as tf
+    network = tf.saved_model.load("saved_model")
+    found = network.serve(images)  # a dict of lengths, capsules and reconstructions
+
+The `.keras` file needs `ops.py` and `model.py` of the program that trained it:
+
+    import keras, ops, model
+    network = keras.saving.load_model("capsnet.keras")
+    lengths, capsules = network.predict(images)
+
+`weights.npz` has the weights as float16, by name.
+
+## Training
+
+| setting | value |
+|---|---|
+{settings}
+
+## Limits
+
+It knows single, centred images like those it was trained on. A length is no calibrated probability: images of no class at all
+may have a long capsule.
+"""
 
 
 def say_written(paths):
@@ -523,7 +661,7 @@ def run_modes(values, argv, modes):
                 train(run)
             if modes != ["train"]:
                 run.load()
-            for mode in (test, reconstruction_test, tweak_test):
+            for mode in (test, reconstruction_test, tweak_test, export):
                 if mode.__name__ in modes and (run.chief or mode is test):
                     mode(run)
             over_workers(run.strategy, 0)  # one that ends leaves no other alone

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +17,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorboard.plugins.hparams import api as hparams
 
 import ops
-from utils import UserError, evaluation_plan, image_grid, training_plan
+import utils
+from utils import UserError, evaluation_plan, training_plan
 
 try:
     import fcntl
@@ -29,6 +33,7 @@ AGREEING_STEPS = 10  # after so many, workers ask each other whether one is to s
 ROUTED_AT_ONCE = 16  # images, where weights rest on a CPU: their votes fit in its cache
 EVALUATION_BATCH = 128
 EVALUATED = ("lengths", "predictions", "margin", "reconstruction", "correct")
+TWEAKS = np.linspace(-0.25, 0.25, 11)  # section 5.1
 INITIALIZATIONS = {  # of conv1, and of primary capsules and decoder; see `ops.initializers`
     "glorot": ({}, {}),
     "authors": ({"stddev": 0.05, "first_bias": 0.1}, {"stddev": 0.1, "first_bias": 0.1}),
@@ -116,6 +121,7 @@ class Data(NamedTuple):
     margin: int = 0  # pixels of canvas around a digit
     max_shift: int = 0  # pixels, drawn for each digit
     overlap: bool = False  # two digits laid over each other
+    class_names: tuple = ()
 
     def canvas_shape(self):
         """(H', W', C) of the composed images."""
@@ -198,6 +204,28 @@ def examine(model, data, batch, spectra=(None, None)):
         "reconstruction": ops.reconstruction_loss(shifted, with_label),
         "correct": tf.reduce_all(tf.reduce_max(guess, axis=1) == present, axis=1),
     }
+
+
+def tweak(model, capsules, chosen, deltas=TWEAKS):
+    """Reconstructions of capsules changed in one dimension at a time (section 5.1).
+
+    Args:
+        capsules: (N, J, D).
+        chosen: (N,), which of the J capsules is shown of each example.
+        deltas: (S,), what is added to a dimension.
+
+    Returns:
+        array (D, N, S, H, W, C).
+    """
+    n, classes, dims = capsules.shape
+    mask = np.eye(classes, dtype=np.float32)[chosen].repeat(len(deltas), axis=0)  # (N * S, J)
+    images = []
+    for dim in range(dims):
+        moved = capsules[:, None].repeat(len(deltas), axis=1)  # (N, S, J, D)
+        moved[np.arange(n), :, chosen, dim] += deltas
+        decoded = model.decoder(moved.reshape(-1, classes, dims), mask[:, None]).numpy()
+        images.append(decoded.reshape(n, len(deltas), *decoded.shape[2:]))
+    return np.stack(images)
 
 
 def compile_forward(model, data, jit, strategy=None):
@@ -417,20 +445,79 @@ def _restore(checkpoint, folder, step):
     status.expect_partial()
 
 
+def event_files(folder):
+    """For each event file of a folder, the oldest first: its path, what it holds, if it is whole.
+
+    What it holds are the serialized events, up to where a kill in mid-write left half of one.
+    """
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        records, whole = [], True
+        try:
+            records.extend(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+        except tf.errors.DataLossError:
+            whole = False
+        yield path, records, whole
+
+
+def read_scalars(folder):
+    """The scalars in the event files of a run, and how long it trained.
+
+    Returns:
+        dict of tag to (steps, values), and the seconds from the first to the last event of each
+        file, summed: every start of a training begins a file.
+    """
+    series, seconds = {}, 0.0
+    for _, records, _ in event_files(folder):
+        events = [tf.compat.v1.Event.FromString(record) for record in records]
+        seconds += events[-1].wall_time - events[0].wall_time if events else 0
+        for event in events:
+            for value in event.summary.value:
+                if value.tensor.dtype == tf.float32.as_datatype_enum:
+                    series.setdefault(value.tag, []).append(
+                        (event.step, float(tf.make_ndarray(value.tensor))))
+    return {tag: tuple(zip(*points)) for tag, points in series.items()}, seconds
+
+
+@contextlib.contextmanager
+def replacing_events(folder, name, step):
+    """Within it summaries go to an event file of this name, which replaces the one before it."""
+    older = list(Path(folder).glob(f"events.out.tfevents.*.{name}"))
+    writer = tf.summary.create_file_writer(str(folder), filename_suffix=f".{name}")
+    try:
+        with writer.as_default(step=step):
+            yield
+    finally:
+        writer.close()
+    for path in older:
+        path.unlink()
+
+
+def summarize(data, found, total):
+    """Summaries of what `evaluate` found: losses, confusion matrix, lengths of each class's capsule."""
+    tf.summary.scalar("loss/total", total)
+    tf.summary.scalar("loss/margin", found["margin_loss"])
+    tf.summary.scalar("loss/reconstruction", found["reconstruction_loss"])
+    tf.summary.scalar("accuracy", found["accuracy"])
+    if not data.overlap:
+        matrix = utils.confusion_matrix(
+            found["labels"][:, 0], found["predictions"][:, 0], len(data.class_names))
+        tf.summary.image("confusion matrix",
+                         utils.save_confusion_matrix(None, matrix, data.class_names)[None])
+    for number, name in enumerate(data.class_names):
+        present = (found["labels"] == number).any(axis=1)
+        lengths = found["lengths"][:, number]
+        tf.summary.histogram(f"where present, length of capsule/{name}", lengths[present])
+        tf.summary.histogram(f"where absent, length of capsule/{name}", lengths[~present])
+
+
 def cut_events(folder, last_step):
     """Drop what event files say of steps after `last_step`, and a half-written end."""
     for path in Path(folder).glob(".events*"):  # a kill while this function wrote
         path.unlink()
-    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
-        kept, whole = [], True
-        try:
-            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                if tf.compat.v1.Event.FromString(record).step <= last_step:
-                    kept.append(record)
-                else:
-                    whole = False
-        except tf.errors.DataLossError:  # a kill in mid-write
-            whole = False
+    for path, records, whole in event_files(folder):
+        kept = [record for record in records
+                if tf.compat.v1.Event.FromString(record).step <= last_step]
+        whole = whole and len(kept) == len(records)
         if not kept:
             path.unlink()
         elif not whole:
@@ -484,6 +571,78 @@ def move_aside(folders):
         if folder.exists():
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
     return f".{number}"
+
+
+# --- Networks to take along ----------------------------------------------------------------------
+
+
+def export(model, folder, facts, card, shown=1):
+    """Write a network to a new folder, all of it or nothing.
+
+    Args:
+        model: CapsNet; it is written with direct convolutions, which run on any machine.
+        folder: gets capsnet.keras (needs ops and model to be imported), saved_model (needs only
+            TensorFlow), weights.npz (float16, for `load_pretrained`) and README.md.
+        facts: of the checkpoint.
+        card: text of README.md.
+        shown: K, how many digits are in an image.
+
+    Raises:
+        UserError: the folder is there and not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already, expected a new or empty folder; give another "
+                        "name")
+    portable = CapsNet(**model.settings | {"conv": "direct"}, dtype="float32")
+    portable.set_weights(model.get_weights())
+
+    def serve(images):
+        lengths, capsules = portable(images)
+        mask = ops.label_mask(ops.longest(lengths, shown), lengths.shape[1])
+        return {"lengths": lengths, "capsules": capsules,
+                "reconstructions": portable.decoder(capsules, mask)}
+
+    archive = keras.export.ExportArchive()
+    archive.track(portable)
+    shape = (None, *model.settings["image_shape"])
+    archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as outer:
+        whole = Path(outer, folder.name)
+        archive.write_out(str(whole / "saved_model"), verbose=False)
+        portable.save(whole / "capsnet.keras")
+        halves = {path: value.numpy().astype(np.float16)
+                  for path, value in _by_path(model.variables).items()}
+        np.savez_compressed(whole / "weights.npz", facts=json.dumps(facts), **halves)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        os.replace(whole, folder)
+
+
+def load_pretrained(model, folder):
+    """Give a model the weights that `export` wrote to a folder, and return their facts.
+
+    Raises:
+        UserError: there are none, they are damaged, or of another network.
+    """
+    path = Path(folder) / "weights.npz"
+    if not path.exists():
+        others = ", ".join(sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz")))
+        raise UserError(f"no pretrained weights for {path.parent.name}, there are some for: "
+                        f"{others or 'none'}; train first (--train), without --pretrained")
+    try:
+        with np.load(path) as file:
+            facts = json.loads(str(file["facts"]))
+            differing = differences(facts["shape"], shape_of(model))
+            values = {} if differing else {v.path: file[v.path] for v in model.variables}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); put back the original") from None
+    if differing:
+        raise UserError(f"{path} is of another network: {differing}; leave these flags out, or "
+                        "train first, without --pretrained")
+    for variable in model.variables:
+        variable.assign(values[variable.path])
+    return facts
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -770,6 +929,10 @@ class Trainer:
             cut_events(folders.logs / name, -1 if self.restored is None else self.step)
             self._writers[name] = tf.summary.create_file_writer(str(folders.logs / name))
         if self.step == 0:
+            settings = self.facts["shape"] | self.facts["training"]
+            with replacing_events(folders.logs, "hparams", 0):
+                hparams.hparams({name: value if isinstance(value, (int, float, str)) else str(value)
+                                 for name, value in settings.items() if name != "data"})
             with self._writers["train"].as_default(step=0):
                 for name, text in texts.items():
                     tf.summary.text(name, text)
@@ -841,17 +1004,14 @@ class Trainer:
         how = self.how
         rate = how.learning_rate * how.decay_rate ** ((step - 1) / how.decay_steps)
         with self._writers["train"].as_default(step=step):
-            self._scalars(margin, reconstruction, accuracy)
+            tf.summary.scalar("loss/total", self._total(margin, reconstruction))
+            tf.summary.scalar("loss/margin", margin)
+            tf.summary.scalar("loss/reconstruction", reconstruction)
+            tf.summary.scalar("accuracy", accuracy)
             tf.summary.scalar("learning_rate", rate)
 
     def _total(self, margin, reconstruction):
         return margin + self.how.reconstruction_weight * reconstruction
-
-    def _scalars(self, margin, reconstruction, accuracy):
-        tf.summary.scalar("loss/total", self._total(margin, reconstruction))
-        tf.summary.scalar("loss/margin", margin)
-        tf.summary.scalar("loss/reconstruction", reconstruction)
-        tf.summary.scalar("accuracy", accuracy)
 
     def _end_epoch(self, last_step):
         """Pictures, validation, and the best weights so far; all before the epoch's checkpoint."""
@@ -870,7 +1030,7 @@ class Trainer:
         if not self.chief:
             return
         with self._writers["validation"].as_default(step=self.step):
-            self._scalars(found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
+            summarize(self.validation, found, loss)
         if improved:
             self._write(self._best_manager, last_step)
 
@@ -885,14 +1045,19 @@ class Trainer:
             self.model.set_weights(weights)
 
     def _draw_examples(self):
+        """Reconstructions and tweaks of the first images, validation's if there are any."""
         data = self.validation or self.data
-        plan = data.evaluation_plan().take(slice(32))
-        seen = examine(self.model, data, next(iter(batches(data, plan, len(plan.index)))))
-        pairs = np.stack([seen["canvas"], np.max(seen["with_label"], axis=1)], axis=1)
-        rows = [np.concatenate(list(pair), axis=0) for pair in pairs]  # an input over its image
-        with self._writers["train"].as_default(step=self.step):
-            grid = image_grid(np.stack(rows)).repeat(3, axis=0).repeat(3, axis=1)
-            tf.summary.image("inputs over reconstructions", grid[None])
+        batch = next(iter(batches(data, data.evaluation_plan().take(slice(20)), 20)))
+        seen = {name: value.numpy() for name, value in examine(self.model, data, batch).items()}
+        labels, chosen = batch[2].numpy(), seen["predictions"][:1, 0]
+        names = data.class_names
+        with self._writers["validation" if self.validation else "train"].as_default(step=self.step):
+            tf.summary.image("reconstructions", utils.save_reconstructions(
+                None, seen["canvas"], seen["with_label"], seen["without_label"], labels,
+                seen["predictions"], names)[None])
+            tf.summary.image("tweaks", utils.save_tweak_overview(
+                None, tweak(self.model, seen["capsules"][:1], chosen)[:, 0], TWEAKS,
+                names[chosen[0]])[None])
 
     @contextlib.contextmanager
     def _signals(self):

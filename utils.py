@@ -286,6 +286,7 @@ def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
 
 # ---------------------------------------------------------------- pictures
 # Images are uint8 or floats in [0, 1], (..., H, W, C), with one or three channels; files are PNG.
+# What draws a page of images returns its pixels too, (H, W, 3) uint8; a path of None writes no file.
 
 _DPI = 200
 _INK, _FAINT, _RED, _GREY = (34, 34, 34), (176, 176, 176), (192, 57, 43), (228, 230, 232)
@@ -342,8 +343,11 @@ class _Sheet:
         ImageDraw.Draw(self.page).text(place, text, color, _font(points, bold), anchor)
 
     def save(self, path):
-        with atomic_path(path) as temporary:
-            self.page.save(temporary, "PNG", dpi=(_DPI, _DPI))
+        """Writes the page, unless `path` is None, and returns its pixels (H, W, 3) uint8."""
+        if path is not None:
+            with atomic_path(path) as temporary:
+                self.page.save(temporary, "PNG", dpi=(_DPI, _DPI))
+        return np.asarray(self.page)
 
 
 def _save_examples(path, title, note, examples, per_row, above=(), before=()):
@@ -371,7 +375,7 @@ def _save_examples(path, title, note, examples, per_row, above=(), before=()):
                 sheet.text(tile_x + width / 2, _LINE / 2, above[j], width, bold=True)
             if before and n % columns == 0 and j == 0:
                 sheet.text(left - 16, tile_y + height / 2, before[i], bold=True, anchor="rm")
-    sheet.save(path)
+    return sheet.save(path)
 
 
 def image_grid(images):
@@ -395,20 +399,26 @@ def save_grid(path, images, scale=3):
         Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(temporary, "PNG")
 
 
+def merge(images):
+    """Reconstructions (N, K, H, W, C) of an image's digits laid over each other: (N, H, W, C)."""
+    return np.minimum(np.sum(images, axis=1), 1)
+
+
 def save_reconstructions(path, images, with_label, without_label, labels, predictions, class_names):
     """Draws the first 20 inputs, N >= 1, each beside its two reconstructions; wrong ones in red.
 
-    Args: images and both reconstructions, with the mask of the label and with that of the longest
-    capsule, (N, H, W, C); labels and predictions (N,); names by class.
+    Args: images (N, H, W, C); the reconstructions with the mask of the labels and with that of the
+    longest capsules, (N, K, H, W, C); labels and predictions (N, K), in any order; names by class.
     """
     examples = []
-    for *triple, label, prediction in zip(images, with_label, without_label, labels, predictions):
-        caption = f"true {class_names[label]}, predicted {class_names[prediction]}"
-        color = _INK if label == prediction else _RED
-        examples.append(([(caption, color)], [triple]))
+    triples = zip(images[:20], merge(with_label[:20]), merge(without_label[:20]))
+    for triple, label, prediction in zip(triples, labels, predictions):
+        true, guess = ("+".join(class_names[k] for k in sorted(row)) for row in (label, prediction))
+        color = _INK if sorted(label) == sorted(prediction) else _RED
+        examples.append(([(f"true {true}, predicted {guess}", color)], [triple]))
     note = "with label: from the capsule of the true class; no label: from the longest capsule"
     above = "input", "with label", "no label"
-    _save_examples(path, "Reconstructions", note, examples[:20], 4, above)
+    return _save_examples(path, "Reconstructions", note, examples, 4, above)
 
 
 def confusion_matrix(labels, predictions, n_classes):
@@ -443,7 +453,7 @@ def save_confusion_matrix(path, matrix, class_names):
             sheet.text(left - 16, y, class_names[i], anchor="rm")
         ink = _INK if i == j or 0 < shade[i, j] < 0.6 else "white" if matrix[i, j] else _FAINT
         sheet.text(x, y, str(matrix[i, j]), width - 6, bold=i == j, color=ink)
-    sheet.save(path)
+    return sheet.save(path)
 
 
 def save_misclassified(path, images, labels, predictions, scores, class_names):
@@ -461,13 +471,17 @@ def save_misclassified(path, images, labels, predictions, scores, class_names):
         examples.append((captions, [[image]]))
     title = f"{len(images):,} misclassified images" + ", the first 64" * (len(images) > 64)
     note = "capsule lengths of the true class (black) and of the predicted class (red)"
-    _save_examples(path, title, note, examples, 8)
+    return _save_examples(path, title, note, examples, 8)
+
+
+def _signed(number):
+    return "0" if abs(number) < 1e-9 else f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _save_steps(path, title, images, deltas, row_names):
-    above = ["0" if abs(d) < 1e-9 else f"{d:+.2f}".replace("-", "\N{MINUS SIGN}") for d in deltas]
+    above = [_signed(delta) for delta in deltas]
     note = "at 0 the capsule as the network found it"
-    _save_examples(path, title, note, [((), images)], 1, above, row_names)
+    return _save_examples(path, title, note, [((), images)], 1, above, row_names)
 
 
 def save_tweak(path, images, deltas, dimension, class_names_of_rows):
@@ -477,7 +491,7 @@ def save_tweak(path, images, deltas, dimension, class_names_of_rows):
     number, as the title shows it; the class of each row.
     """
     title = f"Dimension {dimension} of the digit capsules, changed by"
-    _save_steps(path, title, images, deltas, class_names_of_rows)
+    return _save_steps(path, title, images, deltas, class_names_of_rows)
 
 
 def save_tweak_overview(path, images, deltas, class_name):
@@ -486,7 +500,62 @@ def save_tweak_overview(path, images, deltas, class_name):
     Args: images (dims, steps, H, W, C), rows numbered from 0; deltas (steps,); the digit's class.
     """
     title = f"Each dimension of the capsule of class {class_name}, changed by"
-    _save_steps(path, title, images, deltas, [str(i) for i in range(len(images))])
+    return _save_steps(path, title, images, deltas, [str(i) for i in range(len(images))])
+
+
+def save_sweep(path, images, deltas, class_names_of_rows):
+    """Draws every dimension of several digits' capsules changed to and fro, as an animated GIF.
+
+    Args: images (dims, digits, steps, H, W, C); deltas (steps,), what was added to the dimension;
+    the class of each row.
+    """
+    dims, steps = images.shape[0], images.shape[2]
+    note = "one column a dimension of the capsule, the other dimensions as the network found them"
+    frames = []
+    for step in [*range(steps), *range(steps - 2, 0, -1)]:
+        title = f"Every dimension of the digit capsules, changed by {_signed(deltas[step])}"
+        tiles = images[:, :, step].swapaxes(0, 1)
+        page = Image.fromarray(_save_examples(
+            None, title, note, [((), tiles)], 1, [str(i) for i in range(dims)],
+            class_names_of_rows))
+        frames.append(page.reduce(2).quantize(64))
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=120)
+
+
+def save_learning_curves(path, curves, steps_per_epoch):
+    """Draws loss and error over the epochs, one line for training and one for validation.
+
+    Args: curves, from the name of a line to {"loss/total" and "accuracy": (steps, values)}; lines of
+    more than 100 points become means of 100 equal parts of the steps.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    ink, faint, grey = (np.divide(color, 255) for color in (_INK, _FAINT, _GREY))
+    figure = Figure((7, 2.8), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for (name, scalars), color in zip(curves.items(), ("#20639b", "#c0392b")):
+        for panel, tag in zip(panels, ("loss/total", "accuracy")):
+            parts = [np.array_split(a, min(len(a), 100)) for a in map(np.asarray, scalars[tag])]
+            epochs, values = ([np.mean(part) for part in whole] for whole in parts)
+            shown = 100 * (1 - np.array(values)) if tag == "accuracy" else values
+            panel.plot(np.array(epochs) / steps_per_epoch, shown, color=color, label=name, lw=1.2,
+                       marker="o" if len(epochs) < 60 else None, ms=2.5)
+    for panel, title in zip(panels, ("Total loss", "Error, % of images")):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.set_title(title, fontsize=9, fontweight="bold", loc="left", color=ink)
+        panel.set_xlabel("epoch", fontsize=7)
+        panel.tick_params(which="both", labelsize=6, color=faint)
+        panel.grid(color=grey, lw=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=7, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def save_multi(path, inputs, reconstructions, labels, predictions, class_names):
@@ -509,4 +578,4 @@ def save_multi(path, inputs, reconstructions, labels, predictions, class_names):
         examples.append(([(text, color) for text in captions], tiles))
     note = "L: the label; R: the two longest capsules, reconstructed (first red, second green)"
     before = "input", "both", "first", "second"
-    _save_examples(path, "Overlapping digits told apart", note, examples, 10, before=before)
+    return _save_examples(path, "Overlapping digits told apart", note, examples, 10, before=before)

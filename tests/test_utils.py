@@ -532,9 +532,12 @@ def test_reconstructions_show_their_triples_and_red_only_for_wrong_ones(tmp_path
     wrong = labels.copy()
     wrong[4] = (wrong[4] + 1) % 10
     for predictions in (labels, wrong):
-        arguments = (images, images / 255, 1 - images / 255, labels, predictions, DIGITS)
-        utils.save_reconstructions(tmp_path / "a.png", *arguments)
+        shown = images[:, None] / 255
+        arguments = (images, shown, 1 - shown, labels[:, None], predictions[:, None], DIGITS)
+        returned = utils.save_reconstructions(tmp_path / "a.png", *arguments)
         picture = pixels(tmp_path / "a.png")
+        np.testing.assert_array_equal(returned, picture)
+        np.testing.assert_array_equal(utils.save_reconstructions(None, *arguments), picture)
         assert has(picture, RED) == (predictions is wrong)
         assert margins_are_white(picture)
         for tile in (images[19], 255 - images[0]):  # the last shown, and an inverted reconstruction
@@ -552,6 +555,19 @@ def position(picture, tile):
         if x >= 0 and np.array_equal(picture[y : y + height, x : x + width], tile):
             return y, x
     return None
+
+
+def test_pairs_are_spelled_in_order_and_red_only_if_a_digit_is_wrong(tmp_path):
+    parts = np.zeros((1, 2, 28, 28, 1))
+    parts[0, 0, :14], parts[0, 1, 7:21] = 0.7, 0.6
+    both = np.concatenate([np.full((7, 28), 0.7), np.ones((7, 28)), np.full((7, 28), 0.6),
+                           np.zeros((7, 28))])[..., None]
+    np.testing.assert_allclose(utils.merge(parts)[0], both)
+    for guess, wrong in (([7, 2], False), ([2, 7], False), ([2, 1], True)):
+        picture = utils.save_reconstructions(
+            None, both[None], parts, parts, np.array([[2, 7]]), np.array([guess]), DIGITS)
+        assert has(picture, RED) == wrong
+        assert position(picture, np.rint(both * 255).astype(np.uint8))
 
 
 def test_misclassified_images_are_shown_up_to_64_and_none_is_a_picture_too(tmp_path, mnist):
@@ -583,6 +599,48 @@ def test_tweak_sheets_have_a_row_for_each_digit_or_dimension_and_a_column_for_ea
             assert position(picture, tiles[row, column]) == expected
 
 
+def test_a_sweep_moves_every_dimension_of_every_digit_to_and_fro(tmp_path):
+    dims, digits, steps = 3, 2, 4
+    images = np.zeros((dims, digits, steps, 28, 28, 1))
+    for index in np.ndindex(dims, digits, steps):
+        images[index] = (1 + np.ravel_multi_index(index, images.shape[:3])) / 25
+    utils.save_sweep(tmp_path / "a.gif", images, np.linspace(-0.25, 0.25, steps), ("3", "Bag"))
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.format == "GIF" and picture.info["loop"] == 0
+        assert picture.n_frames == 6  # 0 1 2 3 2 1
+        frames = []
+        for number in range(6):
+            picture.seek(number)
+            frames.append(np.asarray(picture.convert("L")).astype(int))
+    left = 18 + (math.ceil(utils._text_width(["Bag"], True)) + 16) // 2
+    top = 18 + 3 * 14 + 16
+    for frame, step in zip(frames, (0, 1, 2, 3, 2, 1)):
+        for dim, digit in np.ndindex(dims, digits):
+            middle = frame[top + digit * 58 + 28, left + dim * 58 + 28]
+            assert abs(middle - 255 * images[dim, digit, step, 0, 0, 0]) <= 4  # of 64 colours
+
+
+def test_learning_curves_are_drawn_where_loss_and_error_are(tmp_path):
+    steps = np.arange(1, 1001)
+    loss, accuracy = 0.5 * np.exp(-steps / 300), 1 - 0.4 * np.exp(-steps / 300)
+    train = {"loss/total": (steps, loss), "accuracy": (steps, accuracy)}
+    every = slice(99, None, 100)
+    validation = {tag: (s[every], v[every]) for tag, (s, v) in train.items()}
+    blue, red = np.array((32, 99, 155)), np.array((192, 57, 43))
+    for curves in ({"train": train}, {"train": train, "validation": validation},
+                   {"train": {tag: (s[:1], v[:1]) for tag, (s, v) in train.items()}}):
+        utils.save_learning_curves(tmp_path / "a.png", curves, 100)
+        picture = pixels(tmp_path / "a.png")
+        assert picture.shape == (560, 1400, 3)
+        for half in (picture[:, :700], picture[:, 700:]):
+            near = [(abs(half.astype(int) - color).sum(-1) < 40) for color in (blue, red)]
+            assert near[0].any() and near[1].any() == ("validation" in curves)
+        if len(curves) == 2:  # an exponential is a straight line here; the right half has no legend
+            y, x = np.nonzero(near[0][60:] | near[1][60:])
+            slope, offset = np.polyfit(x, y, 1)
+            assert slope > 0.2 and np.abs(slope * x + offset - y).max() < 12
+
+
 def test_overlapping_reconstructions_are_red_and_green_and_yellow_where_both_are(tmp_path):
     inputs = np.zeros((2, 36, 36, 1))
     reconstructions = np.zeros((2, 2, 36, 36, 1))
@@ -605,7 +663,8 @@ def test_overlapping_reconstructions_are_red_and_green_and_yellow_where_both_are
 def test_long_class_names_are_cut_rather_than_written_over_each_other(tmp_path, mnist):
     names = [f"a class with a very long name, number {i}, and more of it" for i in range(10)]
     images, labels = mnist.x_test[:5], mnist.y_test[:5]
-    utils.save_reconstructions(tmp_path / "a.png", images, images, images, labels, labels, names)
+    several = images[:, None] / 255, images[:, None] / 255, labels[:, None], labels[:, None]
+    utils.save_reconstructions(tmp_path / "a.png", images, *several, names)
     picture = pixels(tmp_path / "a.png")
     captions = picture[36 + 3 * 28 + 32 : 36 + 3 * 28 + 32 + 28]  # the line above the top row
     between = (captions == 255).all((0, 2))
