@@ -324,20 +324,18 @@ class Run:
                 tf.summary.image(tag, picture[None])
 
 
-def say_network(run, data):
-    """Layers with their outputs and parameters, and what they are trained on."""
-    rows, shape = [], (None, *data.canvas_shape())
+def describe(run, data):
+    """Lines: the layers with their outputs and parameters, and what they are trained on."""
+    lines = [f"CapsNet                   output  {run.model.count_params():>12,} parameters"]
+    shape = (None, *data.canvas_shape())
     for layer in (run.model.conv1, run.model.primary, run.model.digits, run.model.decoder):
         shape = layer.compute_output_shape(shape)
         size = " × ".join(map(str, shape[-3:] if layer is run.model.decoder else shape[1:]))
-        rows.append(f"  {layer.name.replace('_', ' '):<18}{size:<16}{layer.count_params():>12,}")
-    print(f"CapsNet                   output  {run.model.count_params():>12,} parameters")
-    print("\n".join(rows))
-    height, width, channels = data.canvas_shape()
-    batch = run.flags.batch_size
-    print(f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {height}×{width}×"
-          f"{channels}, {len(data.class_names)} classes; batches of {batch}, "
-          f"{math.ceil(len(data.labels) / batch):,} steps an epoch", flush=True)
+        lines.append(f"  {layer.name.replace('_', ' '):<18}{size:<16}{layer.count_params():>10,}")
+    size, batch = "×".join(map(str, data.canvas_shape())), run.flags.batch_size
+    return [*lines, f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {size}, "
+            f"{len(data.class_names)} classes; batches of {batch}, "
+            f"{math.ceil(len(data.labels) / batch):,} steps an epoch"]
 
 
 def train(run):
@@ -358,7 +356,6 @@ def train(run):
     if values.multi_MNIST:
         del facts["data_deformation"]
     facts["data"] = digest.hexdigest()[:16]
-    say_network(run, data)
     how = model.Training(**{name: getattr(values, name) for name in model.Training._fields})
     with Display() as display:
         trainer = model.Trainer(run.model, data, validation, how, run.folders, facts, run.jit,
@@ -366,8 +363,9 @@ def train(run):
         began = time.perf_counter()
         trained = trainer.fit(
             values.epoch, values.save_steps, values.restart, display.step,
-            on_resume=lambda step: display.report(f"Going on from step {step} "
-                                                  f"({run.folders.checkpoint})."),
+            on_start=lambda step: display.report("\n".join(
+                [*describe(run, data), *[f"Going on from step {step} ({run.folders.checkpoint})."
+                                         ] * (step is not None)])),
             texts={"flags": flag_table(values), "command": shlex.join(run.argv)})
     if not trained:
         done = trainer.step // trainer.steps_per_epoch
@@ -377,17 +375,24 @@ def train(run):
     print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
           f"{run.folders.checkpoint}.")
     if run.chief:
-        curves = {name: model.read_scalars(run.folders.logs / name)[0]
-                  for name in ("train", "validation")[:1 + bool(validation)]}
-        path = Path(values.sample_dir) / "learning_curve.png"
-        utils.save_learning_curves(path, curves, trainer.steps_per_epoch)
-        say_written([path])
+        draw_learning_curves(run, trainer.steps_per_epoch)
     if not (values.test or values.tweak_test or values.reconstruction_test or values.export):
         # The same flags, since they say which network and which run; one machine is enough.
         kept = [values[name].serialize() for name in values if values[name].present
                 and name not in (*MODES, "epoch", "restart", "strategy")]
         print("Next: python main.py --test --reconstruction_test --tweak_test "
               + shlex.join(kept))
+
+
+def draw_learning_curves(run, steps_per_epoch):
+    """Draw losses and errors of training and validation from the events of the run."""
+    curves = {name: run.library.read_scalars(run.folders.logs / name)[0]
+              for name in ("train", "validation")}
+    curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
+    if curves:
+        path = Path(run.flags.sample_dir) / "learning_curve.png"
+        utils.save_learning_curves(path, curves, steps_per_epoch)
+        say_written([path])
 
 
 def flag_table(values):

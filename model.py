@@ -121,7 +121,7 @@ class Data(NamedTuple):
     margin: int = 0  # pixels of canvas around a digit
     max_shift: int = 0  # pixels, drawn for each digit
     overlap: bool = False  # two digits laid over each other
-    class_names: tuple = ()
+    class_names: tuple = tuple("0123456789")  # by label
 
     def canvas_shape(self):
         """(H', W', C) of the composed images."""
@@ -851,7 +851,7 @@ class Trainer:
         self._take_state()
 
     def fit(self, epochs, save_steps=500, restart=False, on_step=None,
-            on_resume=None, texts=None):
+            on_start=None, texts=None):
         """Train until `epochs` epochs are done, from the last checkpoint if there is one.
 
         Args:
@@ -859,7 +859,8 @@ class Trainer:
             save_steps: steps between checkpoints; one is written after each epoch as well.
             restart: move an earlier run aside and begin.
             on_step: called after each step with a dict of progress.
-            on_resume: called with the step of the checkpoint that training goes on from.
+            on_start: called if there is anything to train, with the step of the checkpoint that
+                training goes on from, or None.
             texts: dict of name to text for TensorBoard.
 
         Returns:
@@ -887,8 +888,8 @@ class Trainer:
             last_step = epochs * self.steps_per_epoch
             if self.step >= last_step:
                 return False
-            if self.restored and on_resume:
-                on_resume(self.restored)
+            if on_start:
+                on_start(self.restored)
             self._writers = {}
             if self.chief:
                 self._open_folders(texts or {})

@@ -6,8 +6,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,8 @@ BOOLEANS = ["train", "test", "reconstruction_test", "tweak_test", "multi_MNIST",
 PICTURES = {f"samples/{name}.png" for name in (
     "samples_arrange", "recon_samples_with_label_arrange", "recon_samples_without_label_arrange",
     "reconstruction")} | {f"tweak/{name}.png" for name in (
-        "tweak_result_0", "tweak_result_1", "tweak_result_2", "tweak_result_3", "overview")}
+        "tweak_result_0", "tweak_result_1", "tweak_result_2", "tweak_result_3", "overview")} | {
+            "tweak/sweep.gif"}
 load_dataset = utils.load_dataset
 
 
@@ -57,8 +61,9 @@ def refused(result, code, *words):
 
 
 def files(folder):
-    """All files but locks and the notes of whose folder it is."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+    """All files but locks and the notes of whose folder it is; events without time and process."""
+    return {re.sub(r"(tfevents)\..*\.", r"\1.", str(path.relative_to(folder)))
+            for path in folder.rglob("*") if path.is_file()
             and path.suffix != ".lock" and path.name != "run"}
 
 
@@ -225,8 +230,9 @@ def test_training_writes_checkpoints_and_events_and_names_the_next_command(story
     assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
     saved = {f"checkpoint/mnist/{name}" for name in (
         "checkpoint", "ckpt-15.index", "ckpt-15.data-00000-of-00001")}
-    (events,) = story.files["deformed"] - saved
-    assert events.startswith("logs/mnist/train/events.out.tfevents.")
+    assert story.files["deformed"] - saved == {
+        "logs/mnist/train/events.out.tfevents.v2", "logs/mnist/events.out.tfevents.hparams",
+        "samples/learning_curve.png"}
     (following,) = re.findall("^Next: python main.py (.*)$", out, re.MULTILINE)
     values = main.parse(["main.py", *shlex.split(following)])
     assert values.test and values.tweak_test and values.reconstruction_test and not values.train
@@ -279,14 +285,16 @@ def test_the_examining_modes_write_these_files_and_no_others(story):
     assert err == "" and "Weights of step 30 from checkpoint/mnist" in out
     new = {*PICTURES, "samples/confusion_matrix.png", "samples/misclassified.png",
            "logs/mnist/test.json"}
-    assert story.files["examined"] - story.files["longer"] == new
+    events = {f"logs/mnist/test/events.out.tfevents.{name}"
+              for name in ("evaluation", "reconstructions", "tweaks")}
+    assert story.files["examined"] - story.files["longer"] == new | events
     assert {name for name in new if name in out} >= new - {n for n in new if "tweak_result" in n}
     assert "tweak/tweak_result_0.png to _3.png" in out
 
 
 def test_the_pictures_are_png_files_of_a_size_to_look_at_with_something_in_them(story, pairs):
     paths = [*story.folder.rglob("*.png"), *pairs.folder.rglob("*.png")]
-    assert len(paths) == 11 + 10
+    assert len(paths) == 12 + 11
     for path in paths:
         with Image.open(path) as picture:
             picture.load()
@@ -370,8 +378,10 @@ def test_a_tweak_adds_to_one_dimension_of_the_predicted_capsule_and_shows_what_t
     drawn, overview = {}, []
     monkeypatch.setattr(utils, "save_tweak", lambda path, images, deltas, dim, names: drawn.update(
         {dim: (path.name, images, names)}))
+    sweep = []
     monkeypatch.setattr(utils, "save_tweak_overview", lambda path, images, deltas, name:
-                        overview.extend([images, deltas, name]))
+                        overview.extend([images, deltas, name]) or np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr(utils, "save_sweep", lambda path, *rest: sweep.extend(rest))
     assert run(story.folder, "--tweak_test", "--tweak_num=3", *SMALL).code == 0
     assert list(drawn) == [0, 1, 2, 3]
     images, deltas, name = overview
@@ -392,6 +402,8 @@ def test_a_tweak_adds_to_one_dimension_of_the_predicted_capsule_and_shows_what_t
             np.testing.assert_allclose(shown[digit, step], expected, atol=1e-6)
     np.testing.assert_array_equal(images, np.stack([drawn[dim][1][0] for dim in range(4)]))
     assert name == drawn[0][2][0]
+    np.testing.assert_array_equal(sweep[0], np.stack([drawn[dim][1] for dim in range(4)]))
+    assert sweep[2] == drawn[0][2]
 
 
 def test_all_10000_test_images_are_counted_with_the_default_way_to_compute(
@@ -403,12 +415,190 @@ def test_all_10000_test_images_are_counted_with_the_default_way_to_compute(
     assert found["images"] == 10000 and found["wrong"] == round(10000 * (1 - found["accuracy"]))
 
 
+# ---------------------------------------------------------------- export and pretrained weights
+
+
+@pytest.fixture(scope="module")
+def exported(story):
+    """The folder that --export wrote for the network of the story."""
+    story.type("exported", "--test", "--export=taken/along", *SMALL)
+    return story.folder / "taken/along"
+
+
+def test_an_export_has_these_files_and_a_card_with_the_figures_of_its_test(story, exported):
+    new = {name for name in story.files["exported"] if name.startswith("taken/")}
+    assert new == {f"taken/along/{name}" for name in (
+        "capsnet.keras", "weights.npz", "README.md", "saved_model/saved_model.pb",
+        "saved_model/fingerprint.pb", "saved_model/variables/variables.index",
+        "saved_model/variables/variables.data-00000-of-00001")}
+    card = (exported / "README.md").read_text()
+    found = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    assert f"{found['error_percent']:.2f}% error ({found['wrong']} of 200 wrong)" in card
+    assert "(N, 28, 28, 1)" in card and "| n_conv | 8 |" in card and "| train_size | 300 |" in card
+
+
+@pytest.mark.parametrize("kind, code, folder", [
+    ("SavedModel", """
+network = tf.saved_model.load(sys.argv[1] + "/saved_model")
+found = network.serve(images)
+assert not any("capsnet" in name or name in ("ops", "model") for name in sys.modules)
+lengths, capsules, shown = (found[k] for k in ("lengths", "capsules", "reconstructions"))
+""", "/"), ("keras", """
+import keras, ops, model
+network = keras.saving.load_model(sys.argv[1] + "/capsnet.keras")
+lengths, capsules = network.predict(images, verbose=0)
+shown = network.decoder(capsules, np.ones((len(images), 1, 10), np.float32))
+""", ROOT)])
+def test_an_exported_network_says_in_a_new_process_what_it_said_before(
+        tmp_path, few, exported, kind, code, folder):
+    images = few.x_test[:7] / np.float32(255)
+    np.save(tmp_path / "images.npy", images)
+    script = ("import sys\nimport numpy as np\nimport tensorflow as tf\n"
+              f"images = np.load(sys.argv[2])\n{code}\n"
+              "np.savez(sys.argv[3], lengths=lengths, capsules=capsules, shown=shown)")
+    arguments = [sys.executable, "-c", script, str(exported), str(tmp_path / "images.npy"),
+                 str(tmp_path / "out.npz")]
+    subprocess.run(arguments, cwd=folder, check=True, capture_output=True)
+    net = model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4)
+    model.load_weights(net, exported.parent.parent / "checkpoint/mnist", print)
+    lengths, capsules = (part.numpy() for part in net(images))
+    found = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(found["lengths"], lengths, atol=1e-5)
+    np.testing.assert_allclose(found["capsules"], capsules, atol=1e-5)
+    if kind == "SavedModel":
+        only = capsules * np.eye(10)[lengths.argmax(1)][:, :, None]
+        expected = net.decoder(only.astype(np.float32), np.ones((7, 1, 10), np.float32))
+        np.testing.assert_allclose(found["shown"], expected, atol=1e-5)
+
+
+def test_an_export_never_touches_what_is_there_and_leaves_nothing_half_written(
+        story, exported, few, monkeypatch):
+    before = files(story.folder)
+    refused(run(story.folder, "--export=taken/along", *SMALL), 1, "taken/along", "another name")
+    refused(run(story.folder, "--export=samples/reconstruction.png", *SMALL), 1, "another name")
+
+    def fail(*arguments, **facts):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    refused(run(story.folder, "--export=new", *SMALL), 1, "No space left")
+    assert files(story.folder) == before and not list(story.folder.glob(".*/"))
+
+
+def test_pretrained_weights_are_those_that_were_exported_as_float16(
+        tmp_path, story, exported, few, monkeypatch):
+    net, original = (model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4) for _ in range(2))
+    facts = model.load_pretrained(net, exported)
+    assert facts["step"] == model.load_weights(
+        original, story.folder / "checkpoint/mnist", print)["step"]
+    for half, whole in zip(net.get_weights(), original.get_weights()):
+        np.testing.assert_array_equal(half, whole.astype(np.float16).astype(np.float32))
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"))
+    (tmp_path / "pretrained").mkdir()
+    refused(run(tmp_path, "--test", "--pretrained", *SMALL), 1, "for: none", "train first")
+    shutil.copytree(exported, tmp_path / "pretrained/mnist")
+    result = run(tmp_path, "--test", "--tweak_test", "--reconstruction_test", "--pretrained",
+                 *SMALL)
+    assert result.code == 0 and result.err == "" and "pretrained/mnist" in result.out
+    found = json.loads((tmp_path / "logs/mnist_pretrained/test.json").read_text())
+    expected = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    assert abs(found["wrong"] - expected["wrong"]) <= 1
+    assert found["training_seconds"] == expected["training_seconds"] > 0
+    refused(run(tmp_path, "--test", "--pretrained", *SMALL, "--n_conv=9"), 1,
+            "n_conv is 8 there and 9 here")
+    refused(run(tmp_path, "--test", "--pretrained", *SMALL, "--multi_MNIST"), 1,
+            "for multi_mnist, there are some for: mnist")
+    path = tmp_path / "pretrained/mnist/weights.npz"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:1000], whole[:-50], whole[:5000] + b"xxxx" + whole[5004:]):
+        path.write_bytes(damaged)
+        refused(run(tmp_path, "--test", "--pretrained", *SMALL), 1, "weights.npz is damaged")
+
+
+def test_the_weights_that_come_with_the_program_fit_the_default_network():
+    folder = ROOT / "pretrained/mnist"
+    assert (folder / "weights.npz").stat().st_size < 20e6
+    net = model.CapsNet((28, 28, 1), 10, conv="dft")
+    facts = model.load_pretrained(net, folder)
+    assert facts["training"]["data_deformation"] and facts["training"]["train_size"] == 0
+    mnist = utils.load_dataset("mnist", ROOT / "data")
+    unseen = model.Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    found = model.evaluate(model.compile_forward(net, unseen, True), unseen,
+                           unseen.evaluation_plan())
+    assert found["accuracy"] > 0.99
+    assert f"trained for {facts['step']:,} steps" in (folder / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- what TensorBoard shows
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def get(url, **fields):
+    """What an address answers, as soon as it does."""
+    body = json.dumps(fields).encode() if fields else None
+    for _ in range(240):
+        with contextlib.suppress(OSError):
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.read()
+        time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+def test_tensorboard_serves_curves_pictures_histograms_and_hyper_parameters(story):
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir=./logs", f"--port={port}",
+         "--load_fast=false"], cwd=story.folder, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    try:
+        base = f"http://127.0.0.1:{port}/data"
+        for _ in range(100):  # until it has read them all
+            tags = json.loads(get(f"{base}/plugin/scalars/tags"))
+            if {"mnist/train", "mnist/validation", "mnist/test"} <= tags.keys():
+                break
+            time.sleep(0.3)
+        for name in ("train", "validation", "test"):  # one tag, so one chart
+            assert {"loss/total", "accuracy"} <= tags[f"mnist/{name}"].keys()
+        pictures = json.loads(get(f"{base}/plugin/images/tags"))
+        assert {"confusion matrix"} == pictures["mnist/test"].keys()
+        assert {"confusion matrix", "reconstructions", "tweaks"} == (
+            pictures["mnist/validation"].keys())
+        query = "run=mnist/validation&tag=tweaks&sample=0"
+        (listed,) = json.loads(get(f"{base}/plugin/images/images?{query}"))
+        picture = Image.open(io.BytesIO(get(f"{base}/plugin/images/individualImage?"
+                                            + listed["query"])))
+        assert picture.size == (listed["width"], listed["height"]) and picture.width > 1000
+        histograms = json.loads(get(f"{base}/plugin/histograms/tags"))["mnist/test"]
+        assert "where present, length of capsule/7" in histograms and len(histograms) == 20
+        found = json.loads(get(f"{base}/plugin/hparams/session_groups", experimentName="",
+                               allowedStatuses=["STATUS_UNKNOWN"], colParams=[], startIndex=0,
+                               sliceSize=10))["sessionGroups"]
+        trial = {group["sessions"][0]["name"]: group for group in found}["mnist"]
+        assert trial["hparams"]["n_conv"] == 8 and trial["hparams"]["learning_rate"] == 0.01
+        assert trial["hparams"]["validation_check"] is True
+        (accuracy,) = (metric["value"] for metric in trial["metricValues"]
+                       if metric["name"] == {"group": "test", "tag": "accuracy"})
+        written = json.loads((story.folder / "logs/mnist/test.json").read_text())
+        assert accuracy == pytest.approx(written["accuracy"], abs=1e-6)
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
     _, out, err = pairs.results["trained"]
     assert "--data_deformation adds nothing to --multi_MNIST" in out and "--multi_MNIST" in out
     assert {"multi_checkpoint/multi_mnist/ckpt-15.index"} < pairs.files["trained"]
     assert not [name for name in pairs.files["trained"] if name.startswith("checkpoint")]
-    new = {*PICTURES, "samples/multi_MNIST.png", "logs/multi_mnist/test.json"}
+    new = {*PICTURES, "samples/multi_MNIST.png", "logs/multi_mnist/test.json"} | {
+        f"logs/multi_mnist/test/events.out.tfevents.{name}"
+        for name in ("evaluation", "reconstructions", "tweaks")}
     assert pairs.files["examined"] - pairs.files["trained"] == new
     with Image.open(pairs.folder / "samples/samples_arrange.png") as picture:
         assert picture.size == (3 * (8 * 37 - 1), 3 * (8 * 37 - 1))

@@ -31,7 +31,7 @@ def blobs(n, overlap=False, seed=0):
     images = dice.integers(0, 60, (n, 8, 8, 1), dtype=np.uint8)
     for image, label in zip(images, labels):
         image[4 * (label // 2):][:4, 4 * (label % 2):][:, :4] += 180
-    return model.Data(images, labels, 2 if overlap else 0, 1, overlap)
+    return model.Data(images, labels, 2 if overlap else 0, 1, overlap, ("a", "b", "c"))
 
 
 def network(data, seed=0, **changes):
@@ -396,8 +396,11 @@ def test_the_initialization_of_the_authors_has_their_deviations_and_biases():
 
 def test_events_have_every_step_once_with_the_losses_their_total_and_the_learning_rate(finished):
     found = events(finished[0] / "logs")
-    assert {tag for run, tag in found if run == "validation"} == {*SCALARS}
-    assert {*SCALARS, "learning_rate"} < {tag for run, tag in found if run == "train"}
+    pictures = {"reconstructions", "tweaks", "confusion matrix"}
+    histograms = {f"where {there}, length of capsule/{name}"
+                  for there in ("present", "absent") for name in "abc"}
+    assert {tag for run, tag in found if run == "validation"} == {*SCALARS, *pictures, *histograms}
+    assert {tag for run, tag in found if run == "train"} == {*SCALARS, "learning_rate"}
     for tag in (*SCALARS, "learning_rate"):
         assert [step for step, _ in found["train", tag]] == list(range(1, 13))
     for tag in SCALARS:
@@ -408,8 +411,8 @@ def test_events_have_every_step_once_with_the_losses_their_total_and_the_learnin
         for (_, total), (_, margin), (_, reconstruction) in zip(
                 *(found[run, tag] for tag in SCALARS[:3])):
             assert total == pytest.approx(margin + 0.0005 * reconstruction, rel=1e-6)
-    pictures = found["train", "inputs over reconstructions"]
-    assert [step for step, _ in pictures] == [6, 12]
+    for tag in pictures | histograms:
+        assert [step for step, _ in found["validation", tag]] == [6, 12]
 
 
 def test_the_validation_in_the_events_is_that_of_the_unshifted_validation_images(finished):
@@ -424,6 +427,76 @@ def test_the_validation_in_the_events_is_that_of_the_unshifted_validation_images
         assert value == pytest.approx(np.mean([row[column] for row in alone]), rel=1e-4)
 
 
+def test_a_histogram_counts_the_lengths_of_a_class_where_it_is_and_where_it_is_not(tmp_path):
+    lengths = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+    for labels in (np.arange(50)[:, None] % 3, np.array([[0, 2], [1, 0]] * 25)):
+        data = blobs(50)._replace(overlap=labels.shape[1] == 2)
+        found = {"lengths": lengths, "labels": labels, "predictions": labels, "margin_loss": 0.2,
+                 "reconstruction_loss": 40.0, "accuracy": 0.75}
+        folder = tmp_path / str(labels.shape[1])
+        with model.replacing_events(folder / "test", "evaluation", 7):
+            model.summarize(data, found, 0.5)
+        shown = events(folder)
+        assert [shown["test", tag] for tag in SCALARS] == [
+            [(7, pytest.approx(value))] for value in (0.5, 0.2, 40.0, 0.75)]
+        assert (("test", "confusion matrix") in shown) == (labels.shape[1] == 1)
+        for there in ("present", "absent"):
+            for number, name in enumerate("abc"):
+                inside = [lengths[n, number] for n in range(50)
+                          if (number in labels[n]) == (there == "present")]
+                ((_, buckets),) = shown["test", f"where {there}, length of capsule/{name}"]
+                assert len(buckets) == 30
+                for left, right, count in buckets[:-1]:  # the last one includes its right end
+                    near = sum(left + 1e-6 < value < right - 1e-6 for value in inside)
+                    assert near <= count <= sum(left - 1e-6 < v < right + 1e-6 for v in inside)
+                assert sum(count for *_, count in buckets) == len(inside)
+
+
+def test_events_of_an_examination_replace_those_of_the_same_name_and_no_others(tmp_path):
+    for name, value in ("tweaks", 1.0), ("evaluation", 2.0), ("tweaks", 3.0):
+        with model.replacing_events(tmp_path / "test", name, 7):
+            tf.summary.scalar(name, value)
+    assert events(tmp_path) == {("test", "tweaks"): [(7, 3.0)], ("test", "evaluation"): [(7, 2.0)]}
+    with pytest.raises(Crash), model.replacing_events(tmp_path / "test", "tweaks", 8):
+        raise Crash
+    assert ("test", "tweaks") in events(tmp_path)
+
+
+def test_the_scalars_read_back_are_those_of_the_reader_of_tensorboard(finished):
+    for run in ("train", "validation"):
+        scalars, seconds = model.read_scalars(finished[0] / "logs" / run)
+        found = {tag: value for (name, tag), value in events(finished[0] / "logs").items()
+                 if name == run}
+        for tag in scalars:
+            assert list(zip(*scalars[tag])) == found[tag]
+        assert set(scalars) == {*SCALARS, *["learning_rate"] * (run == "train")}
+    assert model.read_scalars(finished[0] / "nowhere") == ({}, 0.0)
+
+
+def test_training_time_is_that_of_every_start_without_the_pauses_between(tmp_path):
+    for number, times in enumerate([(100, 101.5, 103), (500, 500.25)]):
+        path = tmp_path / f"events.out.tfevents.{number}.v2"
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for time in times:
+                writer.write(tf.compat.v1.Event(wall_time=time).SerializeToString())
+    assert model.read_scalars(tmp_path) == ({}, 3.25)
+
+
+def test_a_tweak_changes_one_dimension_of_one_capsule_by_one_delta():
+    data = blobs(4)
+    net = network(data)
+    capsules = net(data.images / np.float32(255))[1].numpy()
+    chosen, deltas = np.array([2, 0, 1, 2]), np.array([-0.2, 0.0, 0.3])
+    images = model.tweak(net, capsules, chosen, deltas)
+    assert images.shape == (4, 4, 3, 8, 8, 1)  # dimensions, examples, deltas
+    for dim, n, step in np.ndindex(4, 4, 3):
+        moved = np.zeros((1, 3, 4), np.float32)
+        moved[0, chosen[n]] = capsules[n, chosen[n]]
+        moved[0, chosen[n], dim] += deltas[step]
+        expected = net.decoder(moved, np.ones((1, 1, 3), np.float32))[0, 0]
+        np.testing.assert_allclose(images[dim, n, step], expected, atol=1e-6)
+
+
 def test_the_best_folder_holds_the_step_with_the_lowest_validation_loss(tmp_path, monkeypatch):
     losses = iter([0.5, 0.3, 0.3, 0.2, 0.4, 0.3])
 
@@ -432,6 +505,7 @@ def test_the_best_folder_holds_the_step_with_the_lowest_validation_loss(tmp_path
         return {"margin_loss": next(losses), "reconstruction_loss": 0.0, "accuracy": 0.5}
 
     monkeypatch.setattr(model, "evaluate", evaluate)
+    monkeypatch.setattr(model, "summarize", lambda data, found, total: None)
     lines, steps = [], []
     trainer = trainer_in(tmp_path, report=lines.append)
     trainer.fit(5, on_step=lambda at: steps.append(model.saved_steps(tmp_path / "best")))
@@ -519,7 +593,7 @@ def test_more_epochs_go_on_and_no_more_epochs_do_nothing(copy, finished):
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*[!k]") if p.is_file()} == before
     assert same(state(trainer), finished[1])
     longer, began = trainer_in(copy), []
-    assert longer.fit(3, on_resume=began.append)
+    assert longer.fit(3, on_start=began.append)
     assert began == [12] and longer.step == 18
     assert [step for step, _ in events(copy / "logs")["train", "accuracy"]] == list(range(1, 19))
 
