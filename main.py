@@ -333,9 +333,10 @@ def describe(run, data):
         size = " × ".join(map(str, shape[-3:] if layer is run.model.decoder else shape[1:]))
         lines.append(f"  {layer.name.replace('_', ' '):<18}{size:<16}{layer.count_params():>10,}")
     size, batch = "×".join(map(str, data.canvas_shape())), run.flags.batch_size
-    return [*lines, f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {size}, "
-            f"{len(data.class_names)} classes; batches of {batch}, "
-            f"{math.ceil(len(data.labels) / batch):,} steps an epoch"]
+    lines.append(f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {size}, "
+                 f"{len(data.class_names)} classes; batches of {batch}, "
+                 f"{math.ceil(len(data.labels) / batch):,} steps an epoch")
+    return lines
 
 
 def train(run):

@@ -635,7 +635,7 @@ def load_pretrained(model, folder):
             facts = json.loads(str(file["facts"]))
             differing = differences(facts["shape"], shape_of(model))
             values = {} if differing else {v.path: file[v.path] for v in model.variables}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); put back the original") from None
     if differing:
         raise UserError(f"{path} is of another network: {differing}; leave these flags out, or "
