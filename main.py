@@ -1,9 +1,11 @@
 """Train and examine a CapsNet (Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, 2017).
 
 Examples:
+  python main.py --test --reconstruction_test --tweak_test --pretrained
+                                                                 see what it does, without training
+  python main.py --train --test --epoch=1 --train_size=6000      a quick look, in a minute or two
   python main.py --train --data_deformation                      train on MNIST
   python main.py --test --tweak_test --reconstruction_test       examine what was trained
-  python main.py --train --test --epoch=1 --train_size=6000      a quick look, in a minute or two
   python main.py --train --validation_check                      keep the best by validation
   python main.py --train --test --multi_MNIST                    overlapping digits
   tensorboard --logdir=./logs                                    curves and pictures
@@ -127,7 +129,8 @@ def help_text():
                 shown = f"--{name}=" + ("|".join(bounds) if bounds else default or "DIR")
                 note = f" (default {default})" if bounds else ""
             else:
-                shown, note = f"--{name}={default}", f" ({bounds[0]:g} to {bounds[1]:g})"
+                low, high = (f"{b:,}" if isinstance(b, int) else f"{b:g}" for b in bounds)
+                shown, note = f"--{name}={default}", f" ({low} to {high})"
             lines.append(f"  {shown:<44} {text}{note}" if len(shown) < 44
                          else f"  {shown}\n{'':<47}{text}{note}")
     return "\n".join(lines)
@@ -627,7 +630,7 @@ def main(argv):
     """Run the command line (argv[0] is the program) and return its exit code."""
     try:
         if any(word in ("--help", "-help", "-h") for word in argv[1:]):
-            print(help_text())
+            print(help_text(), flush=True)
             return 0
         values = parse(argv)
         modes = [name for name in MODES if getattr(values, name)]
@@ -643,6 +646,9 @@ def main(argv):
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return 1
 
 
 def run_modes(values, argv, modes):
@@ -671,6 +677,8 @@ def run_modes(values, argv, modes):
                 if mode.__name__ in modes and (run.chief or mode is test):
                     mode(run)
             over_workers(run.strategy, 0)  # one that ends leaves no other alone
+            if values.test:
+                print(f"Next: tensorboard --logdir={shlex.quote(values.logdir)}")
         return 0
     except Interrupted as stop:
         print("Stopped, and saved. To go on: the same command again"
@@ -678,8 +686,8 @@ def run_modes(values, argv, modes):
         return 128 + stop.args[0]
     except UserError as error:
         print(f"main.py: {error}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"main.py: {place}{error.strerror or error}; choose another folder, or make this one "

@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ NETWORK = ["--n_conv=8", "--n_primary=2", "--digit_dim=4"]
 SMALL = [DATA, *NETWORK, "--train_size=300", "--batch_size=20", "--learning_rate=0.01", "--epoch=1",
          "--jit=off"]  # 15 steps
 BOOLEANS = ["train", "test", "reconstruction_test", "tweak_test", "multi_MNIST", "data_deformation",
-            "validation_check", "restart", "deterministic"]
+            "validation_check", "restart", "deterministic", "pretrained"]
 PICTURES = {f"samples/{name}.png" for name in (
     "samples_arrange", "recon_samples_with_label_arrange", "recon_samples_without_label_arrange",
     "reconstruction")} | {f"tweak/{name}.png" for name in (
@@ -139,6 +140,15 @@ def test_help_lists_every_flag_and_answers_without_importing_tensorflow():
         assert re.search(rf"^  --(\[no\])?{name}[ =\n]", shown.stdout, re.MULTILINE), name
 
 
+def test_a_reader_of_the_output_may_go_away():
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, stdout=writing,
+                            stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_a_flag_is_switched_by_all_four_spellings(name):
     on = [f"--{name}", f"--{name}=True", f"--{name}=true"]
@@ -200,6 +210,8 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     (["--train", "--logdir=./checkpoint"], "the same"),
     (["--test", "--restart"], "needs --train"),
     (["--restart"], "needs --train"),
+    (["--train", "--pretrained"], "cannot be combined with --train"),
+    (["--test", "--pretrained", "--validation_check"], "cannot be combined"),
     (["--train", "--validation_check", "--train_size=5"], "--train_size"),
     (["--train", "--é=\N{SNOWMAN}"], "é"),
     (["--flagfile=/nowhere/at/all"], "/nowhere/at/all"),
@@ -227,6 +239,11 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
 def test_training_writes_checkpoints_and_events_and_names_the_next_command(story):
     _, out, err = story.results["deformed"]
     assert err == "" and "Trained to step 15 in " in out and "checkpoint/mnist" in out
+    head = ["CapsNet output 1,383,984 parameters", "conv1 20 × 20 × 8 656",
+            "primary capsules 72 × 8 10,384", "digit capsules 10 × 4 23,040",
+            "decoder 28 × 28 × 1 1,349,904",
+            "300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch"]
+    assert [" ".join(line.split()) for line in out.splitlines()[:6]] == head
     assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
     saved = {f"checkpoint/mnist/{name}" for name in (
         "checkpoint", "ckpt-15.index", "ckpt-15.data-00000-of-00001")}
@@ -283,6 +300,7 @@ def test_another_run_moves_the_finished_one_aside_and_says_where(story):
 def test_the_examining_modes_write_these_files_and_no_others(story):
     _, out, err = story.results["examined"]
     assert err == "" and "Weights of step 30 from checkpoint/mnist" in out
+    assert out.endswith("Next: tensorboard --logdir=logs\n")
     new = {*PICTURES, "samples/confusion_matrix.png", "samples/misclassified.png",
            "logs/mnist/test.json"}
     events = {f"logs/mnist/test/events.out.tfevents.{name}"
@@ -720,6 +738,20 @@ def test_on_a_terminal_a_bar_shows_the_progress(tmp_path, few, monkeypatch):
     assert result.code == 0 and result.err == ""
     shown = " ".join(re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", result.out).split())
     assert "Epoch 1/1 step 15/15 ━" in shown and "Trained to step 15 in" in shown
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_honoured(capsys, monkeypatch, no_color):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with main.Display() as display:
+        display.step({"seconds_left": 5, "epoch": 1, "epochs": 1, "step": 1, "last_step": 2,
+                      "images_per_second": 9, "margin_loss": 0.1, "reconstruction_loss": 3,
+                      "accuracy": 0.9})
+    shown = capsys.readouterr().out
+    assert "Epoch 1/1 step 1/2" in shown
+    assert bool(re.search(r"\x1b\[[0-9;]*m", shown)) is not no_color
 
 
 # ---------------------------------------------------------------- the README
