@@ -46,7 +46,8 @@ FLAGS = {
          "examine or export the weights that come with this program, without training"),
     ],
     "Data": [
-        ("dataset", "mnist", tuple(utils.CLASS_NAMES), "the images"),
+        ("dataset", "mnist", None,
+         "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class"),
         ("multi_MNIST", False, None, "two overlapping digits in each image (paper, section 6)"),
         ("data_deformation", False, None, "shift training images by up to 2 pixels (section 5)"),
         ("validation_check", False, None,
@@ -167,6 +168,11 @@ def parse(argv):
         for name, value in AUTHORS.items():
             if not values[name].present:
                 setattr(values, name, value)
+    if values.dataset not in utils.CLASS_NAMES and not (
+            values.dataset.endswith(".npz") or os.path.isdir(values.dataset)):
+        raise UsageError(f"--dataset={values.dataset} is unknown, expected one of "
+                         f"{', '.join(utils.CLASS_NAMES)}, a .npz file, or a folder with "
+                         "train/CLASS/* and test/CLASS/*")
     if values.restart and not values.train:
         raise UsageError("--restart begins a training anew and needs --train")
     if values.pretrained and (values.train or values.validation_check):
@@ -280,7 +286,7 @@ class Run:
         self.dataset = utils.load_dataset(values.dataset, values.data_dir)
         overlap = values.multi_MNIST
         margin = 4 if overlap else 0  # section 6
-        self.name = f"multi_{values.dataset}" if overlap else values.dataset
+        self.name = "multi_" * overlap + self.dataset.name
         size = values.train_size or None
         self.train_data = model.Data(
             self.dataset.x_train[:size], self.dataset.y_train[:size], margin,
@@ -296,16 +302,34 @@ class Run:
                 logs=Path(values.logdir) / f"{self.name}_pretrained")
         conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
+        shape, classes = self.train_data.canvas_shape(), len(self.dataset.class_names)
+        network = (values.n_conv, values.n_primary, values.primary_dim, values.digit_dim)
         tf.keras.utils.set_random_seed(values.seed)
         try:
+            if values.train:
+                sizes = model.layer_sizes(shape, classes, *network)
+                print("\n".join(self.describe(sizes, model.memory_needed(
+                    sizes, values.batch_size / self.strategy.num_replicas_in_sync))), flush=True)
             with self.strategy.scope():
                 self.model = model.CapsNet(
-                    self.train_data.canvas_shape(), len(self.dataset.class_names), values.n_conv,
-                    values.n_primary, values.primary_dim, values.digit_dim,
-                    values.routing_iterations, conv=conv,
+                    shape, classes, *network, values.routing_iterations, conv=conv,
                     initialization=values.initialization, dtype=values.precision)
         except ValueError as error:
             raise UserError(f"{values.dataset}: {error}") from None
+
+    def describe(self, sizes, memory):
+        """Lines: layers with their outputs and parameters, the data, and the memory (bytes)."""
+        data, values = self.train_data, self.flags
+        images = len(data.labels) - len(data.labels) // 6 * values.validation_check
+        shape = "×".join(map(str, data.canvas_shape()))
+        lines = [f"CapsNet                   output  {sum(n for *_, n in sizes):>12,} parameters"]
+        lines += [f"  {name:<18}{' × '.join(map(str, output)):<16}{count:>10,}"
+                  for name, output, count in sizes]
+        lines.append(f"{images:,} training images{' in pairs' * data.overlap} of {shape}, "
+                     f"{len(data.class_names)} classes; batches of {values.batch_size}, "
+                     f"{math.ceil(images / values.batch_size):,} steps an epoch; training takes "
+                     f"about {memory / 1e9:.1f} GB of memory")
+        return lines
 
     def load(self):
         """Restore the weights to be examined, and say which."""
@@ -327,21 +351,6 @@ class Run:
                 tf.summary.image(tag, picture[None])
 
 
-def describe(run, data):
-    """Lines: the layers with their outputs and parameters, and what they are trained on."""
-    lines = [f"CapsNet                   output  {run.model.count_params():>12,} parameters"]
-    shape = (None, *data.canvas_shape())
-    for layer in (run.model.conv1, run.model.primary, run.model.digits, run.model.decoder):
-        shape = layer.compute_output_shape(shape)
-        size = " × ".join(map(str, shape[-3:] if layer is run.model.decoder else shape[1:]))
-        lines.append(f"  {layer.name.replace('_', ' '):<18}{size:<16}{layer.count_params():>10,}")
-    size, batch = "×".join(map(str, data.canvas_shape())), run.flags.batch_size
-    lines.append(f"{len(data.labels):,} training images{' in pairs' * data.overlap} of {size}, "
-                 f"{len(data.class_names)} classes; batches of {batch}, "
-                 f"{math.ceil(len(data.labels) / batch):,} steps an epoch")
-    return lines
-
-
 def train(run):
     """Train or go on; prints where the weights are and what to do next. Raises UserError."""
     values, model = run.flags, run.library
@@ -354,8 +363,8 @@ def train(run):
         data, validation = data.subset(kept), data.subset(held_out)
     digest = hashlib.sha256(np.ascontiguousarray(run.train_data.images))
     digest.update(np.ascontiguousarray(run.train_data.labels))
-    facts = {name: getattr(values, name) for name in (
-        "dataset", "train_size", "validation_check", "multi_MNIST", "data_deformation",
+    facts = {"dataset": run.dataset.name} | {name: getattr(values, name) for name in (
+        "train_size", "validation_check", "multi_MNIST", "data_deformation",
         "initialization", "precision")}
     if values.multi_MNIST:
         del facts["data_deformation"]
@@ -367,9 +376,8 @@ def train(run):
         began = time.perf_counter()
         trained = trainer.fit(
             values.epoch, values.save_steps, values.restart, display.step,
-            on_start=lambda step: display.report("\n".join(
-                [*describe(run, data), *[f"Going on from step {step} ({run.folders.checkpoint})."
-                                         ] * (step is not None)])),
+            on_resume=lambda step: display.report(f"Going on from step {step} "
+                                                  f"({run.folders.checkpoint})."),
             texts={"flags": flag_table(values), "command": shlex.join(run.argv)})
     if not trained:
         done = trainer.step // trainer.steps_per_epoch
@@ -509,11 +517,11 @@ def save_multi_sheet(run, plan, found):
 
 
 def examine(run, data, chosen, plan=None):
-    """`model.examine` of the examples with these numbers in the plan of the test, as arrays."""
+    """`CapsNet.examine` of the examples with these numbers in the plan of the test, as arrays."""
     plan = data.evaluation_plan() if plan is None else plan
     plan = plan.take(chosen)
     batch = next(iter(run.library.batches(data, plan, len(plan.index))))
-    seen = run.library.examine(run.model, data, batch)
+    seen = run.model.examine(data, batch)
     return {name: value.numpy() for name, value in seen.items()} | {"labels": batch[2].numpy()}
 
 

@@ -1,6 +1,7 @@
 """The network of the paper and the loop that trains it."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -68,10 +69,7 @@ class CapsNet(keras.Model):
                  digit_dim=16, routing_iterations=3, kernel_size=9, decoder_units=(512, 1024),
                  conv="direct", initialization="glorot", **kwargs):
         super().__init__(**kwargs)
-        smallest = 2 * kernel_size - 1
-        if min(image_shape[:2]) < smallest:
-            raise ValueError(f"two {kernel_size}×{kernel_size} convolutions need images of at least"
-                             f" {smallest}×{smallest} pixels. Received: image_shape={image_shape}")
+        layer_sizes(image_shape, n_classes, kernel_size=kernel_size)  # raises if it is too small
         self.settings = {
             "image_shape": tuple(image_shape), "n_classes": n_classes, "n_conv": n_conv,
             "n_primary": n_primary, "primary_dim": primary_dim, "digit_dim": digit_dim,
@@ -109,8 +107,83 @@ class CapsNet(keras.Model):
         capsules = self.capsules(images)
         return ops.length(capsules), capsules
 
+    def examine(self, data, batch, spectra=(None, None), step=None):
+        """Everything the network says of a batch; what the Trainer and `evaluate` need of a model.
+
+        Args:
+            data: Data that the batch is of.
+            batch: of `batches`.
+            spectra: of `spectra`, when the weights rest.
+            step: number of the training step, for networks that draw random numbers in training;
+                None when tested. Here nothing is random.
+
+        Returns:
+            dict: canvas (B, H, W, C), digits (B, K, H, W, C), capsules (B, J, D), lengths (B, J),
+            predictions (B, K), with_label and without_label, the reconstructions (B, K, H, W, C)
+            with the mask of the labels and with that of the longest capsules, margin and
+            reconstruction, the losses (B,), and correct (B,), whether exactly the labels' capsules
+            are the longest.
+        """
+        digits, shift, labels, _ = batch
+        canvas, shifted = ops.compose(digits, shift, data.margin)
+        capsules = self.capsules(canvas, spectra)
+        lengths = ops.length(capsules)
+        predictions = ops.longest(lengths, labels.shape[1])
+        mask = ops.label_mask(labels, lengths.shape[1])
+        guess = ops.label_mask(predictions, lengths.shape[1])
+        present = tf.reduce_max(mask, axis=1)
+        with_label = self.decoder(capsules, mask)
+        return {
+            "canvas": canvas, "digits": shifted, "capsules": capsules, "lengths": lengths,
+            "predictions": predictions, "with_label": with_label,
+            "without_label": self.decoder(capsules, guess),
+            "margin": ops.margin_loss(lengths, present),
+            "reconstruction": ops.reconstruction_loss(shifted, with_label),
+            "correct": tf.reduce_all(tf.reduce_max(guess, axis=1) == present, axis=1),
+        }
+
     def get_config(self):
         return super().get_config() | self.settings
+
+
+def layer_sizes(image_shape, n_classes, n_conv=256, n_primary=32, primary_dim=8, digit_dim=16,
+                kernel_size=9, decoder_units=(512, 1024)):
+    """What a CapsNet of these settings will have, before anything of it is made.
+
+    Returns:
+        list of (layer, shape of its output for an image, number of parameters).
+
+    Raises:
+        ValueError: the image is too small for two convolutions.
+    """
+    smallest = 2 * kernel_size - 1
+    if min(image_shape[:2]) < smallest:
+        raise ValueError(f"two {kernel_size}×{kernel_size} convolutions need images of at least"
+                         f" {smallest}×{smallest} pixels. Received: image_shape={image_shape}")
+    area, channels = kernel_size**2, n_primary * primary_dim
+    first = [n - kernel_size + 1 for n in image_shape[:2]]
+    second = [(n - kernel_size) // 2 + 1 for n in first]
+    lower = math.prod(second) * n_primary
+    widths = [n_classes * digit_dim, *decoder_units, math.prod(image_shape)]
+    return [
+        ("conv1", (*first, n_conv), (area * image_shape[2] + 1) * n_conv),
+        ("primary capsules", (lower, primary_dim), (area * n_conv + 1) * channels),
+        ("digit capsules", (n_classes, digit_dim), lower * primary_dim * n_classes * digit_dim),
+        ("decoder", tuple(image_shape), sum((a + 1) * b for a, b in itertools.pairwise(widths))),
+    ]
+
+
+def memory_needed(sizes, batch_size):
+    """Bytes that training will take at its peak, about: fitted to benchmarks/scaling.py on a CPU.
+
+    Args:
+        sizes: of `layer_sizes`.
+        batch_size: images in a step on one device.
+    """
+    parameters = sum(count for *_, count in sizes)
+    (lower, _), (upper, dim) = sizes[1][1], sizes[2][1]
+    per_image = math.prod(sizes[0][1]) + lower * upper * dim  # conv1 and the votes
+    return 900e6 + 20 * parameters + 11.2 * batch_size * per_image
 
 
 class Data(NamedTuple):
@@ -178,34 +251,6 @@ def batches(data, plan, batch_size, start=0, strategy=None):
     return strategy.distribute_datasets_from_function(pipeline)
 
 
-def examine(model, data, batch, spectra=(None, None)):
-    """Everything the network says of a batch.
-
-    Returns:
-        dict: canvas (B, H, W, C), digits (B, K, H, W, C), capsules (B, J, D), lengths (B, J),
-        predictions (B, K), with_label and without_label, the reconstructions (B, K, H, W, C) with
-        the mask of the labels and with that of the longest capsules, margin and reconstruction,
-        the losses (B,), and correct (B,), whether exactly the labels' capsules are the longest.
-    """
-    digits, shift, labels, _ = batch
-    canvas, shifted = ops.compose(digits, shift, data.margin)
-    capsules = model.capsules(canvas, spectra)
-    lengths = ops.length(capsules)
-    predictions = ops.longest(lengths, labels.shape[1])
-    mask = ops.label_mask(labels, lengths.shape[1])
-    guess = ops.label_mask(predictions, lengths.shape[1])
-    present = tf.reduce_max(mask, axis=1)
-    with_label = model.decoder(capsules, mask)
-    return {
-        "canvas": canvas, "digits": shifted, "capsules": capsules, "lengths": lengths,
-        "predictions": predictions, "with_label": with_label,
-        "without_label": model.decoder(capsules, guess),
-        "margin": ops.margin_loss(lengths, present),
-        "reconstruction": ops.reconstruction_loss(shifted, with_label),
-        "correct": tf.reduce_all(tf.reduce_max(guess, axis=1) == present, axis=1),
-    }
-
-
 def tweak(model, capsules, chosen, deltas=TWEAKS):
     """Reconstructions of capsules changed in one dimension at a time (section 5.1).
 
@@ -238,7 +283,7 @@ def compile_forward(model, data, jit, strategy=None):
         return strategy.run(lambda *parts: compiled(*parts), arguments)
 
     def keep(batch, spectra):
-        seen = examine(model, data, batch, spectra)
+        seen = model.examine(data, batch, spectra)
         seen["correct"] = tf.cast(seen["correct"], tf.int32)  # truth values cannot be gathered
         return {name: seen[name] for name in EVALUATED}
 
@@ -743,7 +788,8 @@ class Trainer:
         def gradients(batch):
             weight = batch[-1]
             with tf.GradientTape() as tape:
-                seen = examine(self.model, self.data, batch)
+                step = tf.cast(self.optimizer.iterations, tf.int32)
+                seen = self.model.examine(self.data, batch, step=step)
                 margin, reconstruction, correct = (
                     tf.reduce_sum(weight * tf.cast(seen[name], tf.float32))
                     for name in ("margin", "reconstruction", "correct"))
@@ -851,7 +897,7 @@ class Trainer:
         self._take_state()
 
     def fit(self, epochs, save_steps=500, restart=False, on_step=None,
-            on_start=None, texts=None):
+            on_resume=None, texts=None):
         """Train until `epochs` epochs are done, from the last checkpoint if there is one.
 
         Args:
@@ -859,8 +905,7 @@ class Trainer:
             save_steps: steps between checkpoints; one is written after each epoch as well.
             restart: move an earlier run aside and begin.
             on_step: called after each step with a dict of progress.
-            on_start: called if there is anything to train, with the step of the checkpoint that
-                training goes on from, or None.
+            on_resume: called with the step of the checkpoint that training goes on from.
             texts: dict of name to text for TensorBoard.
 
         Returns:
@@ -888,8 +933,8 @@ class Trainer:
             last_step = epochs * self.steps_per_epoch
             if self.step >= last_step:
                 return False
-            if on_start:
-                on_start(self.restored)
+            if self.restored and on_resume:
+                on_resume(self.restored)
             self._writers = {}
             if self.chief:
                 self._open_folders(texts or {})
@@ -1049,7 +1094,9 @@ class Trainer:
         """Reconstructions and tweaks of the first images, validation's if there are any."""
         data = self.validation or self.data
         batch = next(iter(batches(data, data.evaluation_plan().take(slice(20)), 20)))
-        seen = {name: value.numpy() for name, value in examine(self.model, data, batch).items()}
+        seen = {name: value.numpy() for name, value in self.model.examine(data, batch).items()}
+        if "with_label" not in seen:
+            return  # a network that draws nothing
         labels, chosen = batch[2].numpy(), seen["predictions"][:1, 0]
         names = data.class_names
         with self._writers["validation" if self.validation else "train"].as_default(step=self.step):

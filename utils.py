@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import struct
+import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,8 @@ CLASS_NAMES = {
     "fashion_mnist": tuple(_FASHION.split(",")),
     "kmnist": tuple(_KMNIST.split(",")),
 }
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_MAX_CLASSES = 1000  # more is rather a mistake in the labels
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images
 _MAX_EXPANSION = 1032  # of deflate: at best two bits for a run of 258 bytes
 
@@ -165,12 +168,24 @@ def _read_idx_pair(folder, split, classes, remedy):
 
 
 def load_dataset(name, data_dir):
-    """Loads a data set of CLASS_NAMES from the four gzipped IDX files in `data_dir`/`name`.
+    """Loads a data set.
+
+    Args:
+        name: one of CLASS_NAMES, read from the four gzipped IDX files in `data_dir`/`name`; or a
+            `.npz` file of x_train, y_train, x_test, y_test; or a folder of images by class,
+            train/CLASS/* and test/CLASS/*.
+        data_dir: folder of the sets of CLASS_NAMES.
 
     Raises UserError: unknown name, or files missing, damaged or not belonging together.
     """
     if name not in CLASS_NAMES:
-        raise UserError(f"unknown data set {name!r}; choose one of: {', '.join(CLASS_NAMES)}")
+        path = Path(name)
+        if path.is_dir():
+            return _read_folders(path)
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        raise UserError(f"unknown data set {name!r}; choose one of: {', '.join(CLASS_NAMES)}, a "
+                        ".npz file, or a folder with train/CLASS and test/CLASS")
     names, folder = CLASS_NAMES[name], Path(data_dir) / name
     remedy = f"run: python download.py {name}"
     x_train, y_train = _read_idx_pair(folder, "train", len(names), remedy)
@@ -179,6 +194,102 @@ def load_dataset(name, data_dir):
         sizes = f"{x_train.shape[1:]} in training, {x_test.shape[1:]} in test"
         raise UserError(f"{folder}: images are {sizes}, expected one size; {remedy}")
     return Dataset(name, x_train, y_train, x_test, y_test, names)
+
+
+def _read_npz(path):
+    """A Dataset from arrays: images (N, H, W) or (N, H, W, C), uint8 or floats in [0, 1]."""
+    expected = "expected x_train, y_train, x_test and y_test as numpy.savez writes them"
+    arrays = {}
+    try:
+        with np.load(path) as file:
+            for key in ("x_train", "y_train", "x_test", "y_test"):
+                arrays[key] = file[key]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a .npz file") from None
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]}; {expected}") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); {expected}") from None
+    for split in ("train", "test"):
+        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+            raise UserError(f"{path}: x_{split} has shape {arrays[f'x_{split}'].shape}, expected "
+                            "(N, H, W), (N, H, W, 1) or (N, H, W, 3), N at least 1")
+        if images.dtype != np.uint8:
+            low, high = images.min(), images.max()
+            if images.dtype.kind != "f" or not 0 <= low <= high <= 1:
+                raise UserError(f"{path}: x_{split} is {images.dtype} from {low} to {high}, "
+                                "expected uint8, or floats from 0 to 1")
+            images = _to_uint8(images)
+        if labels.shape in ((len(images), 1), (len(images),)):
+            labels = labels.reshape(-1)
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0 or (
+                labels.max() >= _MAX_CLASSES):
+            raise UserError(f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}, expected "
+                            f"{len(images)} integers from 0 to {_MAX_CLASSES - 1}")
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images, labels.astype(np.int32)
+    sizes = [arrays[key].shape[1:] for key in ("x_train", "x_test")]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{path}: images are {sizes[0]} in training and {sizes[1]} in test, "
+                        "expected one size")
+    names = range(1 + max(arrays["y_train"].max(), arrays["y_test"].max()))
+    return Dataset(path.stem, **arrays, class_names=tuple(map(str, names)))
+
+
+def read_image(path):
+    """An image file as uint8 (H, W, 1), or (H, W, 3) if it has colours; transparent parts black.
+
+    Raises UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # grey of 16 bits, or floats
+                whole = 65535 if image.mode[0] == "I" else 1
+                return _to_uint8(np.asarray(image, np.float64) / whole)[..., None]
+            if "transparency" in image.info or "A" in image.getbands():
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); put a good one in its "
+                        "place, or take it away") from None
+    grey = (pixels == pixels[..., :1]).all()
+    return pixels[..., :1] if grey else pixels
+
+
+def _read_folders(folder):
+    """A Dataset from train/CLASS/* and test/CLASS/*; classes in the order of their names."""
+    names = sorted(path.name for path in folder.glob("train/[!.]*/"))
+    if len(names) < 2 or not any(folder.glob("test/[!.]*/")):
+        raise UserError(f"{folder}: expected folders of images, train/CLASS for two classes or more "
+                        "and test/CLASS")
+    arrays, size, example = {}, None, None
+    for split in ("train", "test"):
+        images, labels = [], []
+        for place in sorted(folder.glob(f"{split}/[!.]*/")):
+            if place.name not in names:
+                raise UserError(f"{place}: a class without {folder}/train/{place.name}, expected "
+                                "only classes that are trained")
+            for path in sorted(place.iterdir()):
+                if path.suffix.lower() not in _IMAGE_SUFFIXES:
+                    continue
+                image = read_image(path)
+                size, example = size or image.shape[:2], example or path
+                if image.shape[:2] != size:
+                    raise UserError(f"{path} has {image.shape[0]}×{image.shape[1]} pixels, expected "
+                                    f"{size[0]}×{size[1]} like {example}; resize the images")
+                images.append(image)
+                labels.append(names.index(place.name))
+        if not images:
+            raise UserError(f"{folder}/{split}: no images, expected files that end in "
+                            f"{', '.join(sorted(_IMAGE_SUFFIXES))}")
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images, np.array(labels, np.int32)
+    channels = max(image.shape[-1] for key in ("x_train", "x_test") for image in arrays[key])
+    for key in ("x_train", "x_test"):
+        arrays[key] = np.stack([np.broadcast_to(image, (*size, channels)) for image in arrays[key]])
+    return Dataset(folder.resolve().name, **arrays, class_names=tuple(names))
 
 
 # ---------------------------------------------------------------- what an epoch consists of
@@ -434,6 +545,9 @@ def save_confusion_matrix(path, matrix, class_names):
     """
     n, total, errors = len(matrix), matrix.sum(), matrix - np.diag(np.diag(matrix))
     width, height = min(max(64, _text_width(class_names) + 16), 150), 64
+    written = n <= 40  # more classes are a map of colours
+    if not written:
+        width = height = max(2, 2400 // n)
     left, top = _text_width([*class_names, "true class"], bold=True) + 16, 2 * _LINE + 4
     wrong = errors.sum()
     title = f"{total:,} images, {wrong:,} wrong: error {wrong / max(total, 1):.2%}"
@@ -442,11 +556,12 @@ def save_confusion_matrix(path, matrix, class_names):
     colors = np.rint(255 + shade[..., None] * (np.array(_RED) - 255)).astype(np.uint8)
     colors[np.diag_indices(n)] = _GREY
     cells = colors.repeat(height, 0).repeat(width, 1)
-    cells[::height] = cells[:, ::width] = 255
+    if written:
+        cells[::height] = cells[:, ::width] = 255
     sheet.paste(left, top, cells)
     sheet.text(left + n * width / 2, _LINE / 2, "predicted class", bold=True)
     sheet.text(left - 16, _LINE * 3 / 2, "true class", bold=True, anchor="rm")
-    for i, j in np.ndindex(n, n):
+    for i, j in np.ndindex(n * written, n):
         x, y = left + (j + 0.5) * width, top + (i + 0.5) * height
         if i == j:
             sheet.text(x, _LINE * 3 / 2, class_names[i], width - 6)

@@ -143,7 +143,7 @@ def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(conv, 
         routing(u_hat, n)) or routed[-1])
     batch = next(iter(model.batches(data, data.evaluation_plan(), 4)))
     with tf.GradientTape() as tape:
-        found = model.examine(mixed, data, batch)
+        found = mixed.examine(data, batch)
         loss = tf.reduce_mean(found["margin"] + found["reconstruction"])
     gradients = tape.gradient(loss, [v.value for v in mixed.trainable_variables])
     assert mixed.conv1(found["canvas"]).dtype == tf.bfloat16
@@ -153,10 +153,30 @@ def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(conv, 
     for tensor in (u, *routed, *(v for n, v in found.items() if n not in (
             "predictions", "correct"))):
         assert tensor.dtype == tf.float32
-    expected = model.examine(exact, data, batch)
+    expected = exact.examine(data, batch)
     for name in ("lengths", "margin", "reconstruction"):  # bfloat16 has 8 binary digits
         np.testing.assert_allclose(found[name], expected[name], rtol=0.05, atol=1e-3)
     assert np.abs(found["lengths"] - expected["lengths"]).max() > 0
+
+
+@pytest.mark.parametrize("shape, classes, sizes", [
+    ((28, 28, 1), 10, {}), ((36, 36, 1), 10, {}), ((19, 24, 3), 7, {"n_conv": 5, "n_primary": 3,
+     "primary_dim": 4, "digit_dim": 6, "kernel_size": 5, "decoder_units": (8, 9)})])
+def test_the_sizes_said_beforehand_are_those_of_the_layers_made(shape, classes, sizes):
+    net = model.CapsNet(shape, classes, **sizes)
+    said = model.layer_sizes(shape, classes, **sizes)
+    made, output = [net.conv1, net.primary, net.digits, net.decoder], (None, *shape)
+    assert [count for *_, count in said] == [layer.count_params() for layer in made]
+    for layer, (_, expected, _) in zip(made, said):
+        output = layer.compute_output_shape(output)
+        assert output[-len(expected):] == expected
+
+
+@pytest.mark.parametrize("batch, side, measured", [  # MB, by benchmarks/scaling.py
+    (16, 28, 1097), (64, 28, 1234), (256, 28, 1866), (64, 36, 1670), (64, 48, 2574), (64, 64, 4364)])
+def test_the_memory_said_beforehand_is_within_a_tenth_of_what_was_measured(batch, side, measured):
+    said = model.memory_needed(model.layer_sizes((side, side, 1), 10), batch) / 1e6
+    assert abs(said / measured - 1) < 0.1
 
 
 def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes():
@@ -178,14 +198,14 @@ def test_the_label_reaches_only_the_reconstruction_that_is_made_with_it():
     data = blobs(6)
     net = network(data)
     digits, shift, labels, weight = next(iter(model.batches(data, data.evaluation_plan(), 6)))
-    one = model.examine(net, data, (digits, shift, labels, weight))
-    other = model.examine(net, data, (digits, shift, (labels + 1) % 3, weight))
+    one = net.examine(data, (digits, shift, labels, weight))
+    other = net.examine(data, (digits, shift, (labels + 1) % 3, weight))
     for name in ("capsules", "lengths", "predictions", "without_label"):
         np.testing.assert_array_equal(one[name], other[name])
     assert np.abs(one["with_label"] - other["with_label"]).max() > 1e-4
     # The prediction's mask is used: where it is the label, both reconstructions are one.
     np.testing.assert_array_equal(
-        model.examine(net, data, (digits, shift, one["predictions"], weight))["with_label"],
+        net.examine(data, (digits, shift, one["predictions"], weight))["with_label"],
         one["without_label"])
 
 
@@ -593,7 +613,7 @@ def test_more_epochs_go_on_and_no_more_epochs_do_nothing(copy, finished):
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*[!k]") if p.is_file()} == before
     assert same(state(trainer), finished[1])
     longer, began = trainer_in(copy), []
-    assert longer.fit(3, on_start=began.append)
+    assert longer.fit(3, on_resume=began.append)
     assert began == [12] and longer.step == 18
     assert [step for step, _ in events(copy / "logs")["train", "accuracy"]] == list(range(1, 19))
 

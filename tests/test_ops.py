@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import ops
-from model import CapsNet, Data, examine
+from model import CapsNet, Data
 
 TINY = {
     "image_shape": (9, 11, 2),
@@ -759,13 +759,13 @@ def test_the_reconstruction_without_the_label_can_not_see_the_label(rng, k):
     data = Data(digits[:, 0], np.zeros(6, int))
     labels = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]])[:, :k]
     shift, weight = np.zeros((6, k, 2), int), np.ones(6, np.float32)
-    one = examine(model, data, (digits, shift, labels, weight))
-    other = examine(model, data, (digits, shift, (labels + 1) % 4, weight))
+    one = model.examine(data, (digits, shift, labels, weight))
+    other = model.examine(data, (digits, shift, (labels + 1) % 4, weight))
     for name in ("without_label", "predictions", "lengths"):
         assert np.array_equal(one[name], other[name])
     assert not np.allclose(one["with_label"], other["with_label"])
     # Where the labels are the longest capsules, in their order, both reconstructions are one.
-    right = examine(model, data, (digits, shift, one["predictions"], weight))
+    right = model.examine(data, (digits, shift, one["predictions"], weight))
     assert np.array_equal(right["with_label"], right["without_label"])
 
 

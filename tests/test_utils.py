@@ -6,6 +6,7 @@ import math
 import os
 import random
 import struct
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -282,6 +283,139 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, name, array, re
     with pytest.raises(UserError, match=reason) as error:
         utils.load_dataset("mnist", tmp_path)
     assert "python download.py mnist" in one_line(error)
+
+
+# ---------------------------------------------------------------- data of one's own
+
+RAMP = np.arange(5 * 6 * 4 * 3, dtype=np.uint8).reshape(5, 6, 4, 3)
+
+
+def own(**changes):
+    """Arrays of a data set in colour: five images to train, two to test, three classes."""
+    return {"x_train": RAMP, "y_train": np.array([0, 1, 2, 0, 1]), "x_test": RAMP[:2] // 2,
+            "y_test": np.array([[2], [1]])} | changes
+
+
+def test_an_npz_file_gives_its_arrays_whatever_their_form(tmp_path):
+    grey = own(x_train=RAMP[..., 0], x_test=RAMP[:2, ..., :1])
+    floats = own(x_train=RAMP / 255, x_test=(RAMP[:2] // 2 / 255).astype(np.float32))
+    for name, arrays in (("colour", own()), ("grey", grey), ("floats", floats)):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        data = utils.load_dataset(str(tmp_path / f"{name}.npz"), "nowhere")
+        assert data.name == name and data.class_names == ("0", "1", "2")
+        assert data.x_train.dtype == np.uint8 and data.y_train.dtype == np.int32
+        expected = RAMP[..., :1] if name == "grey" else RAMP
+        np.testing.assert_array_equal(data.x_train, expected)
+        np.testing.assert_array_equal(data.x_test, expected[:2] // (1 if name == "grey" else 2))
+        assert data.y_test.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"x_train": RAMP.astype(int)}, "expected uint8, or floats from 0 to 1"),
+    ({"x_train": RAMP / 100}, "expected uint8, or floats"),
+    ({"x_train": RAMP / np.float32("nan")}, "expected uint8, or floats"),
+    ({"x_train": RAMP[..., :2]}, r"expected \(N, H, W\)"),
+    ({"x_train": RAMP[:0], "y_train": np.zeros(0, int)}, "N at least 1"),
+    ({"x_test": RAMP[:2, :5]}, "expected one size"),
+    ({"y_train": np.zeros(4, int)}, "5 integers"),
+    ({"y_train": np.zeros(5)}, "5 integers"),
+    ({"y_test": np.array([0, -1])}, "2 integers from 0"),
+    ({"y_test": np.array([0, 10**6])}, "2 integers from 0 to 999"),
+    ({"x_test": np.array([None, 1])}, "cannot be read"),
+])
+def test_arrays_that_are_no_data_set_are_refused_in_one_line(tmp_path, changes, named):
+    np.savez(tmp_path / "a.npz", **own(**changes))
+    with pytest.raises(UserError, match=named) as error:
+        utils.load_dataset(str(tmp_path / "a.npz"), "")
+    assert "a.npz" in one_line(error)
+
+
+def test_an_npz_file_that_is_none_is_refused(tmp_path):
+    arrays = own()
+    del arrays["y_test"]
+    np.savez(tmp_path / "part.npz", **arrays)
+    np.savez_compressed(tmp_path / "cut.npz", **own())
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "text.npz").write_bytes(b"hello")
+    (tmp_path / "flipped.npz").write_bytes(whole[:80] + b"xxxx" + whole[84:])
+    (tmp_path / "cut.npz").write_bytes(whole[:-100])
+    for name in ("part", "cut", "empty", "text", "flipped", "missing"):
+        with pytest.raises(UserError, match=name) as error:
+            utils.load_dataset(str(tmp_path / f"{name}.npz"), "")
+        assert "expected x_train" in one_line(error) or "does not exist" in one_line(error)
+
+
+def folders(root, colour):
+    """A folder of images by class: cats and dogs, of 6×4 pixels, and what is to be passed over."""
+    for split, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            place = root / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                value = 100 * label + 10 * number + (split == "test")
+                pixels = np.full((6, 4, 3), value, np.uint8)
+                pixels[..., 0] += 50 * (colour and name == "dog")
+                Image.fromarray(pixels).save(place / f"{number}.png")
+            (place / "notes.txt").write_text("no image")
+        (root / split / ".hidden").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_folder_of_images_by_class_is_a_data_set(tmp_path, colour):
+    data = utils.load_dataset(str(folders(tmp_path / "pets", colour)), "nowhere")
+    assert data.name == "pets" and data.class_names == ("cat", "dog")
+    assert data.x_train.shape == (6, 6, 4, 3 if colour else 1) and data.x_test.shape[0] == 4
+    assert data.y_train.tolist() == [0, 0, 0, 1, 1, 1] and data.y_test.tolist() == [0, 0, 1, 1]
+    assert data.x_train[:, 0, 0, -1].tolist() == [0, 10, 20, 100, 110, 120]
+    assert data.x_test[:, 5, 3, 0].tolist() == [1, 11, 101 + 50 * colour, 111 + 50 * colour]
+
+
+def test_folders_that_are_no_data_set_are_refused_naming_what_is_wrong(tmp_path):
+    def problem(change, named):
+        shutil.rmtree(tmp_path / "pets", ignore_errors=True)
+        change(folders(tmp_path / "pets", True))
+        with pytest.raises(UserError, match=named) as error:
+            utils.load_dataset(str(tmp_path / "pets"), "")
+        one_line(error)
+
+    problem(lambda root: shutil.rmtree(root / "train/dog"), "two classes or more")
+    problem(lambda root: shutil.rmtree(root / "test"), "test/CLASS")
+    problem(lambda root: (root / "test/cow").mkdir(), "a class without .*train/cow")
+    problem(lambda root: (root / "train/cat/1.png").write_bytes(b"?"), "cannot be read as an image")
+    problem(lambda root: Image.new("L", (9, 9)).save(root / "test/dog/1.png"),
+            r"test/dog/1.png has 9×9 pixels, expected 6×4 like .*train/cat/0.png")
+    problem(lambda root: [path.unlink() for path in root.glob("test/*/*.png")], "no images")
+
+
+def test_image_files_of_every_kind_become_bytes_grey_or_in_colour(tmp_path):
+    grey = np.array([[0, 64, 128], [192, 255, 7]], np.uint8)
+    Image.fromarray(grey).save(tmp_path / "L.png")
+    Image.fromarray(np.stack([grey] * 3, -1)).save(tmp_path / "RGB.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "I16.png")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "F.tiff")
+    Image.fromarray(grey).convert("P").save(tmp_path / "P.gif")
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(utils.read_image(path), grey[..., None], str(path))
+    Image.fromarray(grey > 100).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(utils.read_image(tmp_path / "bits.png")[..., 0],
+                                  255 * (grey > 100))
+    half = np.zeros((1, 2, 4), np.uint8)
+    half[..., 0], half[0, 0, 3], half[0, 1, 3] = 200, 255, 0  # opaque red, transparent red
+    Image.fromarray(half).save(tmp_path / "RGBA.png")
+    assert utils.read_image(tmp_path / "RGBA.png").tolist() == [[[200, 0, 0], [0, 0, 0]]]
+    for content in (b"", b"no image", (tmp_path / "RGB.png").read_bytes()[:60]):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad.png cannot be read") as error:
+            utils.read_image(tmp_path / "bad.png")
+        one_line(error)
+
+
+def test_a_matrix_of_many_classes_is_a_picture_of_bounded_size():
+    for n in (41, 1000):
+        picture = utils.save_confusion_matrix(None, np.eye(n, dtype=int), [str(i) for i in range(n)])
+        assert max(picture.shape) < 3000
 
 
 # ---------------------------------------------------------------- plans
