@@ -14,6 +14,7 @@ Examples:
 import contextlib
 import datetime
 import faulthandler
+import glob
 import hashlib
 import json
 import math
@@ -39,6 +40,7 @@ FLAGS = {
         ("test", False, None, "accuracy and losses over all test images"),
         ("reconstruction_test", False, None, "pictures of reconstructions, to --sample_dir"),
         ("tweak_test", False, None, "pictures of capsules changed step by step, to --tweak_dir"),
+        ("predict", "", None, "say what is on these image files, a quoted pattern such as 'my/*.png'"),
         ("export", "", None, "write the network to this new folder, for use without this program"),
     ],
     "Weights": [
@@ -127,7 +129,8 @@ def help_text():
             if isinstance(default, bool):
                 shown, note = f"--[no]{name}", ""
             elif isinstance(default, str):
-                shown = f"--{name}=" + ("|".join(bounds) if bounds else default or "DIR")
+                empty = {"predict": "PATTERN", "export": "DIR"}
+                shown = f"--{name}=" + ("|".join(bounds) if bounds else default or empty[name])
                 note = f" (default {default})" if bounds else ""
             else:
                 low, high = (f"{b:,}" if isinstance(b, int) else f"{b:g}" for b in bounds)
@@ -154,6 +157,9 @@ def parse(argv):
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
         raise UsageError(" ".join(str(error).split()) + "; see --help") from None
+    if stray and values.predict and os.path.exists(stray[0]):
+        raise UsageError(f"stray word {stray[0]!r}: the shell replaced the pattern of --predict by the "
+                         "files' names, expected a quoted one, such as --predict='*.png'")
     if stray:
         raise UsageError(f"stray word {stray[0]!r}, expected only flags: write --flag=value, and "
                          "--noflag to switch one off")
@@ -388,7 +394,7 @@ def train(run):
           f"{run.folders.checkpoint}.")
     if run.chief:
         draw_learning_curves(run, trainer.steps_per_epoch)
-    if not (values.test or values.tweak_test or values.reconstruction_test or values.export):
+    if not any(getattr(values, mode) for mode in MODES[1:]):
         # The same flags, since they say which network and which run; one machine is enough.
         kept = [values[name].serialize() for name in values if values[name].present
                 and name not in (*MODES, "epoch", "restart", "strategy")]
@@ -560,6 +566,57 @@ def tweak_test(run):
                  folder / "overview.png", folder / "sweep.gif"])
 
 
+def predict(run):
+    """Say what a network sees on image files; prints it, writes a CSV file and a sheet.
+
+    Raises UserError: no file matches, or some cannot be read; the others are predicted then.
+    """
+    paths = [path for path in sorted(glob.glob(run.flags.predict, recursive=True))
+             if os.path.isfile(path)]
+    if not paths:
+        raise UserError(f"--predict={run.flags.predict} matches no file, expected image files; quote "
+                        "a pattern, and ** stands for folders in folders")
+    names, shape = run.dataset.class_names, run.test_data.canvas_shape()
+    # Photographs are light or dark at their edges by chance: only what always is one way is turned.
+    share = np.mean([utils.is_dark_on_light(image) for image in run.train_data.images[:1000]])
+    turned = shape[-1] == 1 and (share < 0.05 or share > 0.95)
+    kept, images, texts, failed = [], [], [], []
+    for path in paths:
+        try:
+            image = utils.read_image(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        inverted = turned and utils.is_dark_on_light(image) != (share > 0.5)
+        image, done = utils.fit_image(image, shape, inverted)
+        kept.append(path)
+        images.append(image)
+        texts.append(done)
+    rows, shown, captions = [], [], []
+    for start in range(0, len(kept), run.library.EVALUATION_BATCH):
+        part = np.stack(images[start:start + run.library.EVALUATION_BATCH])
+        lengths, capsules = run.model(part / np.float32(255))
+        mask = np.eye(len(names), dtype=np.float32)[np.argmax(lengths, axis=1)][:, None]
+        shown.extend(run.model.decoder(capsules, mask).numpy()[:, 0])
+        for found in lengths.numpy():
+            number = len(rows)
+            best = [(names[k], float(found[k])) for k in np.argsort(-found)[:3]]
+            print(f"{kept[number]} ({texts[number]}): "
+                  + ", ".join(f"{name} {value:.3f}" for name, value in best))
+            rows.append([kept[number], texts[number], *(cell for pair in best for cell in pair)])
+            captions.append([os.path.basename(kept[number]),
+                             "  ".join(f"{name} {value:.2f}" for name, value in best)])
+    if rows:
+        folder = Path(run.flags.sample_dir)
+        heads = [f"{what}_{n}" for n in range(1, 1 + min(3, len(names))) for what in
+                 ("class", "length")]
+        utils.write_csv(folder / "predictions.csv", ["file", "done", *heads], rows)
+        utils.save_predictions(folder / "predictions.png", images, shown, captions)
+        say_written([folder / "predictions.csv", folder / "predictions.png"])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
+
+
 def export(run):
     """Write the network to a new folder, with a card that says what it is. Raises UserError."""
     folder, result = Path(run.flags.export), None
@@ -681,7 +738,7 @@ def run_modes(values, argv, modes):
                 train(run)
             if modes != ["train"]:
                 run.load()
-            for mode in (test, reconstruction_test, tweak_test, export):
+            for mode in (test, reconstruction_test, tweak_test, predict, export):
                 if mode.__name__ in modes and (run.chief or mode is test):
                     mode(run)
             over_workers(run.strategy, 0)  # one that ends leaves no other alone

@@ -1,5 +1,6 @@
 """Data and pictures: files -> arrays, (seed, epoch) -> plan of an epoch, arrays -> PNG."""
 
+import csv
 import ctypes
 import functools
 import gzip
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class UserError(Exception):
@@ -55,6 +56,12 @@ def write_json(path, obj):
     text = json.dumps(obj, indent=2, default=lambda value: value.tolist())
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(path, head, rows):
+    """Writes a table with the names of its columns. Raises UserError like atomic_path."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
 
 
 # ---------------------------------------------------------------- memory
@@ -257,6 +264,41 @@ def read_image(path):
                         "place, or take it away") from None
     grey = (pixels == pixels[..., :1]).all()
     return pixels[..., :1] if grey else pixels
+
+
+def is_dark_on_light(image):
+    """Whether most of the pixels on the edge of an image (H, W, C) are brighter than the middle."""
+    edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    return float(np.median(edge.mean(-1))) > 127.5
+
+
+def fit_image(image, shape, inverted):
+    """Makes an image one of those that a network was trained on.
+
+    Args: image, uint8 (H, W, 1 or 3); shape, (H', W', C') of the result; inverted, whether light
+    and dark are to change places. An image of other proportions is filled up with the colour of its
+    edge, then its size changed.
+
+    Returns uint8 (H', W', C'), and in words what was done to it.
+    """
+    done = []
+    height, width, channels = shape
+    if image.shape[-1] > channels:
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+        done.append("made grey")
+    image = np.broadcast_to(image, (*image.shape[:2], channels))
+    if inverted:
+        image = 255 - image
+        done.append("inverted")
+    if image.shape[:2] != (height, width):
+        done.append(f"resized from {image.shape[1]}×{image.shape[0]}")
+        edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        color = tuple(np.median(edge, axis=0).astype(int).tolist())
+        picture = Image.fromarray(np.squeeze(image, -1) if channels == 1 else image)
+        picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS,
+                               color[0] if channels == 1 else color)
+        image = np.asarray(picture).reshape(shape)
+    return image, ", ".join(done) or "as it was"
 
 
 def _read_folders(folder):
@@ -671,6 +713,18 @@ def save_learning_curves(path, curves, steps_per_epoch):
     panels[0].legend(fontsize=7, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def save_predictions(path, images, reconstructions, captions):
+    """Draws the first 40 images beside what the network sees in them, N >= 1.
+
+    Args: images (N, H, W, C); reconstructions (N, H, W, C); captions, two lines of each.
+    """
+    examples = [([(line, _INK) for line in lines], [pair])
+                for *pair, lines in zip(images[:40], reconstructions, captions)]
+    title = f"Predictions for {len(images):,} images" + ", the first 40" * (len(images) > 40)
+    note = "the image as the network gets it, and its reconstruction from the longest capsule"
+    return _save_examples(path, title, note, examples, 5)
 
 
 def save_multi(path, inputs, reconstructions, labels, predictions, class_names):

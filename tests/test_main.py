@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -242,8 +243,8 @@ def test_training_writes_checkpoints_and_events_and_names_the_next_command(story
     head = ["CapsNet output 1,383,984 parameters", "conv1 20 × 20 × 8 656",
             "primary capsules 72 × 8 10,384", "digit capsules 10 × 4 23,040",
             "decoder 28 × 28 × 1 1,349,904",
-            "300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch; "
-            "training takes about 0.9 GB of memory"]
+            ("300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch; "
+             "training takes about 0.9 GB of memory")]
     assert [" ".join(line.split()) for line in out.splitlines()[:6]] == head
     assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
     saved = {f"checkpoint/mnist/{name}" for name in (
@@ -546,6 +547,90 @@ def test_the_weights_that_come_with_the_program_fit_the_default_network():
                            unseen.evaluation_plan())
     assert found["accuracy"] > 0.99
     assert f"trained for {facts['step']:,} steps" in (folder / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- images of one's own
+
+
+def test_predictions_of_files_are_those_of_the_network_for_the_images_in_them(
+        tmp_path, story, few):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        Image.fromarray(few.x_test[number, ..., 0]).save(tmp_path / f"in/{number}.png")
+    dark_on_light = 255 - np.pad(few.x_test[4, ..., 0], ((0, 0), (28, 28))).repeat(3, 0).repeat(3, 1)
+    Image.fromarray(np.stack([dark_on_light, dark_on_light, dark_on_light // 2 + 127], -1)).save(
+        tmp_path / "in/4.png")
+    result = run(tmp_path, "--predict=in/*.png", f"--checkpoint_dir={story.folder / 'checkpoint'}",
+                 *SMALL)
+    assert result.code == 0 and result.err == ""
+    with open(tmp_path / "samples/predictions.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["file", "done", "class_1", "length_1", "class_2", "length_2", "class_3",
+                    "length_3"]
+    net = model.CapsNet((28, 28, 1), 10, 8, 2, 8, 4)
+    model.load_weights(net, story.folder / "checkpoint/mnist", print)
+    lengths = net(few.x_test[:4] / np.float32(255))[0].numpy()
+    for number, (row, found) in enumerate(zip(rows, lengths)):
+        best = np.argsort(-found)[:3]
+        assert row[:2] == [f"in/{number}.png", "as it was"]
+        assert row[2::2] == [str(k) for k in best]
+        np.testing.assert_allclose(np.float64(row[3::2]), found[best], atol=1e-5)
+        said = ", ".join(f"{k} {found[k]:.3f}" for k in best)
+        assert f"in/{number}.png (as it was): {said}\n" in result.out
+    assert rows[4][1] == "made grey, inverted, resized from 252×84" and len(rows) == 5
+    with Image.open(tmp_path / "samples/predictions.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+
+
+def test_a_pattern_without_images_or_expanded_by_the_shell_is_pointed_out(tmp_path, story, few):
+    there = f"--checkpoint_dir={story.folder / 'checkpoint'}"
+    refused(run(tmp_path, "--predict=*.png", there, *SMALL), 1, "matches no file", "quote")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(few.x_test[0, ..., 0]).save(tmp_path / name)
+    refused(run(tmp_path, "--predict", "a.png", "b.png", *SMALL), 2, "the shell", "quoted")
+    (tmp_path / "c.png").write_text("no image")
+    result = run(tmp_path, "--predict=*.png", there, *SMALL)
+    refused(result, 1, "1 of 3 files could not be read: c.png")
+    assert "a.png (as it was): " in result.out and "b.png (as it was): " in result.out
+    assert (tmp_path / "samples/predictions.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_colour_images_of_ones_own_are_trained_tested_and_predicted(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(utils, "load_dataset", load_dataset)
+    dice = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    images = dice.integers(0, 90, (60, 20, 24, 3), dtype=np.uint8)
+    images[np.arange(60), :, :, labels] += 160  # classes of red, green and blue
+    if kind == "npz":
+        np.savez(tmp_path / "mine.npz", x_train=images[:48], y_train=labels[:48],
+                 x_test=images[48:], y_test=labels[48:])
+        names, data = "012", "--dataset=mine.npz"
+    else:
+        names, data = ("blue sky", "green", "red"), "--dataset=mine"
+        for number, (image, label) in enumerate(zip(images, labels)):
+            place = tmp_path / "mine" / ("train" if number < 48 else "test") / names[2 - label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{number}.png")
+    Image.fromarray(images[48].repeat(2, 0).repeat(2, 1)).save(tmp_path / "new.png")
+    result = run(tmp_path, data, "--train", "--data_deformation", "--test", "--reconstruction_test",
+                 "--tweak_test", "--predict=new.png", *NETWORK, "--batch_size=8", "--epoch=8",
+                 "--learning_rate=0.01", "--jit=off")
+    assert result.code == 0 and result.err == ""
+    assert "48 training images of 20×24×3, 3 classes" in result.out
+    found = json.loads((tmp_path / "logs/mine/test.json").read_text())
+    assert found["accuracy"] > 0.9 and list(found["accuracy_per_class"]) == list(names)
+    (line,) = (line for line in result.out.splitlines() if line.startswith("new.png"))
+    assert line.startswith(f"new.png (resized from 48×40): {names[0] if kind == 'npz' else 'red'} ")
+
+
+def test_too_small_images_say_how_small_they_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "load_dataset", load_dataset)
+    images = np.zeros((4, 16, 30), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(4), x_test=images,
+             y_test=np.arange(4))
+    refused(run(tmp_path, "--dataset=a.npz", "--train"), 1, "at least 17×17 pixels", "16, 30")
+    assert files(tmp_path) == {"a.npz"}
 
 
 # ---------------------------------------------------------------- what TensorBoard shows

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import random
-import struct
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
