@@ -51,6 +51,8 @@ FLAGS = {
         ("dataset", "mnist", None,
          "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class"),
         ("multi_MNIST", False, None, "two overlapping digits in each image (paper, section 6)"),
+        ("multi_test_pairs", 1, (1, 1000),
+         "pairs to test in which each test digit is the first; the paper takes 1000"),
         ("data_deformation", False, None, "shift training images by up to 2 pixels (section 5)"),
         ("validation_check", False, None,
          "hold out a sixth of the training images; keep, and test, the best weights by their loss"),
@@ -242,7 +244,7 @@ class Display:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20),
                             TextColumn("{task.fields[text]}", table_column=Column()),  # may wrap
                             console=self.console)
-        self.task, self.printed = None, -math.inf
+        self.task, self.printed, self.began = None, -math.inf, time.monotonic()
 
     def __enter__(self):
         if self.console.is_terminal:
@@ -262,12 +264,20 @@ class Display:
         text = (f"{at['images_per_second']:.0f} images/s, {left} left, margin loss "
                 f"{at['margin_loss']:.4f}, reconstruction loss {at['reconstruction_loss']:.2f}, "
                 f"accuracy {100 * at['accuracy']:.2f}%")
+        self._show(head, text, at["step"], at["last_step"],
+                   due=at["step"] * at["epochs"] % at["last_step"] == 0)
+
+    def count(self, what, done, total):
+        """Progress of anything that is counted; short work leaves no line."""
+        self.printed = max(self.printed, self.began)
+        self._show(what, f"{done:,} of {total:,}", done, total)
+
+    def _show(self, head, text, done, total, due=False):
         if self.console.is_terminal:
             if self.task is None:
-                self.task = self.bar.add_task(head, text=text, total=at["last_step"])
-            self.bar.update(self.task, description=head, text=text, completed=at["step"])
-        elif (time.monotonic() - self.printed > self.PLAIN_SECONDS
-              or at["step"] * at["epochs"] % at["last_step"] == 0):
+                self.task = self.bar.add_task(head, text=text, total=total)
+            self.bar.update(self.task, description=head, text=text, completed=done)
+        elif due or time.monotonic() - self.printed > self.PLAIN_SECONDS:
             self.printed = time.monotonic()
             print(f"{head}: {text}", flush=True)
 
@@ -455,12 +465,14 @@ def test(run):
     import tensorflow as tf
 
     data, names = run.test_data, run.dataset.class_names
-    plan = data.evaluation_plan()
+    plan = data.evaluation_plan(run.flags.multi_test_pairs)
     compiled = run.library.compile_forward(run.model, data, run.jit, run.strategy)
     first = plan.take(slice(run.library.EVALUATION_BATCH))
     run.library.evaluate(compiled, data, first)  # compiles, so that the speed below is without
     began = time.perf_counter()
-    found = run.library.evaluate(compiled, data, plan)
+    with Display() as display:
+        found = run.library.evaluate(
+            compiled, data, plan, lambda done: display.count("Testing", done, len(plan.index)))
     seconds = time.perf_counter() - began
     if not run.chief:
         return

@@ -295,12 +295,13 @@ def compile_forward(model, data, jit, strategy=None):
     return forward, tf.function(lambda: run(model.spectra), autograph=False), strategy
 
 
-def evaluate(compiled, data, plan):
+def evaluate(compiled, data, plan, on_batch=None):
     """Lengths, predictions and losses of all examples of a plan, every one counted once.
 
     Args:
         compiled: of `compile_forward`.
         data, plan: Data and a Plan for it.
+        on_batch: called after each batch with the number of examples done.
 
     Returns:
         dict: lengths (N, J), predictions (N, K), labels (N, K), correct (N,) and the means
@@ -312,6 +313,8 @@ def evaluate(compiled, data, plan):
     for batch in batches(data, plan, size, strategy=strategy):
         seen = forward(batch, spectra)
         parts.append({name: value.numpy()[:size] for name, value in seen.items()})
+        if on_batch:
+            on_batch(min(len(parts) * size, n))
     whole = {name: np.concatenate([part[name] for part in parts])[:n] for name in EVALUATED}
     correct = whole["correct"].astype(bool)
     return {
