@@ -322,7 +322,7 @@ class Run:
         network = (values.n_conv, values.n_primary, values.primary_dim, values.digit_dim)
         tf.keras.utils.set_random_seed(values.seed)
         try:
-            if values.train:
+            if values.train and self.chief:
                 sizes = model.layer_sizes(shape, classes, *network)
                 print("\n".join(self.describe(sizes, model.memory_needed(
                     sizes, values.batch_size / self.strategy.num_replicas_in_sync))), flush=True)
