@@ -614,10 +614,10 @@ def predict(run):
             number = len(rows)
             best = [(names[k], float(found[k])) for k in np.argsort(-found)[:3]]
             print(f"{kept[number]} ({texts[number]}): "
-                  + ", ".join(f"{name} {value:.3f}" for name, value in best))
+                  + ", ".join(f"{name}: {value:.3f}" for name, value in best))
             rows.append([kept[number], texts[number], *(cell for pair in best for cell in pair)])
             captions.append([os.path.basename(kept[number]),
-                             "  ".join(f"{name} {value:.2f}" for name, value in best)])
+                             "  ".join(f"{name}: {value:.2f}" for name, value in best)])
     if rows:
         folder = Path(run.flags.sample_dir)
         heads = [f"{what}_{n}" for n in range(1, 1 + min(3, len(names))) for what in
