@@ -1,0 +1,157 @@
+"""The paper's table 1: routing iterations, reconstruction, and the convolutional baselines.
+
+    python experiments/table1.py --epochs=3 --seeds=0
+    python experiments/table1.py --epochs=3 --seeds=0 --dataset=multi_MNIST --rows=cnn,3-yes
+
+Trains each chosen row with each seed on all training images, shifted by up to 2 pixels (MultiMNIST: pairs
+drawn anew in each epoch), tests it on all test images, and prints means and standard deviations beside
+the paper's. Started again it goes on where it stopped. Writes table1_DATASET.json and .png.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import trial
+
+import utils
+
+# Row: method, routing iterations, whether it reconstructs, the paper's error in percent on MNIST and
+# on MultiMNIST (mean and, where it says so, standard deviation of three trials).
+ROWS = {
+    "cnn": ("Baseline CNN", None, None, "0.39", "8.1"),
+    "1-no": ("CapsNet", 1, False, "0.34 ± 0.032", "–"),
+    "1-yes": ("CapsNet", 1, True, "0.29 ± 0.011", "7.5"),
+    "3-no": ("CapsNet", 3, False, "0.35 ± 0.036", "–"),
+    "3-yes": ("CapsNet", 3, True, "0.25 ± 0.005", "5.2"),
+}
+
+
+def run_row(row, seed, flags):
+    """The result of one training; see `trial.run`."""
+    tf, model = trial.start()
+    from cnn import CNN
+
+    mnist = utils.load_dataset("mnist", flags.data_dir)
+    overlap = flags.dataset == "multi_MNIST"
+    margin, size = 4 * overlap, flags.train_size or None
+    train_data = model.Data(mnist.x_train[:size], mnist.y_train[:size], margin,
+                            4 if overlap else 2, overlap)
+    test_data = model.Data(mnist.x_test, mnist.y_test, margin, margin, overlap)
+    shape = train_data.canvas_shape()
+    conv = "direct" if tf.config.list_physical_devices("GPU") else "dft"
+    _, iterations, reconstructs, *_ = ROWS[row]
+
+    def make():
+        if row == "cnn":
+            return CNN(shape, 10, "multi" if overlap else "mnist", 1 + overlap, conv, seed)
+        return model.CapsNet(shape, 10, routing_iterations=iterations, conv=conv)
+
+    how = model.Training(seed=seed, reconstruction_weight=0.0005 if reconstructs else 0.0)
+    folder = Path(flags.output, "runs", f"{flags.dataset}_{row}_seed_{seed}")
+    return trial.run(folder, make, train_data, test_data, how, flags.epochs)
+
+
+def table(results, dataset):
+    """Lines of Markdown; results: {row: [outcome of each seed]}."""
+    heads = ["method", "routing", "reconstruction", "parameters", "error here, %", "wrong", "seeds",
+             "epochs", "minutes", f"the paper, {dataset}, %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row, outcomes in results.items():
+        method, iterations, reconstructs, *paper = ROWS[row]
+        errors = [outcome["error_percent"] for outcome in outcomes]
+        spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else ""
+        cells = [method, iterations or "–", {None: "–", True: "yes", False: "no"}[reconstructs],
+                 f"{outcomes[0]['parameters']:,}", f"{statistics.mean(errors):.2f}{spread}",
+                 ", ".join(str(outcome["wrong"]) for outcome in outcomes),
+                 ", ".join(str(outcome["training"]["seed"]) for outcome in outcomes),
+                 outcomes[0]["epochs"],
+                 ", ".join(f"{outcome['training_seconds'] / 60:.0f}" for outcome in outcomes),
+                 paper[dataset == "multi_MNIST"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def draw(path, results, dataset):
+    """Errors here and in the paper as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 2.8), dpi=200, layout="constrained")
+    panel = figure.subplots()
+    for place, (row, outcomes) in enumerate(results.items()):
+        errors = [outcome["error_percent"] for outcome in outcomes]
+        spread = statistics.stdev(errors) if len(errors) > 1 else None
+        panel.bar(place - 0.2, statistics.mean(errors), 0.36, yerr=spread, color="#20639b",
+                  label="here" if place == 0 else None)
+        paper = ROWS[row][3 + (dataset == "multi_MNIST")]
+        if paper != "–":
+            panel.bar(place + 0.2, float(paper.split()[0]), 0.36, color="#b0b0b0",
+                      label="the paper" if place == 0 else None)
+    names = [f"CapsNet, routing {row[0]},\n{'with' if 'yes' in row else 'no'} reconstruction"
+             if row != "cnn" else "Baseline CNN" for row in results]
+    panel.set_xticks(range(len(names)), names, fontsize=6)
+    epochs = next(iter(results.values()))[0]["epochs"]
+    panel.set_title(f"Test error on {dataset}, %, after {epochs} epochs here", fontsize=9,
+                    fontweight="bold", loc="left")
+    panel.tick_params(axis="y", labelsize=6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=7, frameon=False)
+    with utils.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def numbers(text):
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 0,1,2")
+    return [int(word) for word in text.split(",")]
+
+
+def rows(text):
+    unknown = [word for word in text.split(",") if word not in ROWS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}, expected some of {','.join(ROWS)}")
+    return text.split(",")
+
+
+def positive(text):
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+    return int(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=rows, help=f"some of {','.join(ROWS)} (default: all that the "
+                        "paper has)")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="default 0,1,2")
+    parser.add_argument("--epochs", type=positive, default=10, help="default 10")
+    parser.add_argument("--dataset", choices=("MNIST", "multi_MNIST"), default="MNIST")
+    parser.add_argument("--train_size", type=positive, help="only the first N training images")
+    parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
+    parser.add_argument("--output", default="table1", help="folder (default table1)")
+    flags = parser.parse_args(argv)
+    column = 3 + (flags.dataset == "multi_MNIST")
+    chosen = flags.rows or [row for row, cells in ROWS.items() if cells[column] != "–"]
+    return trial.report_errors("table1.py", lambda: train_all(chosen, flags))
+
+
+def train_all(chosen, flags):
+    results = {}
+    for row in chosen:
+        for seed in flags.seeds:
+            print(f"{flags.dataset}, row {row}, seed {seed}:", flush=True)
+            results.setdefault(row, []).append(run_row(row, seed, flags))
+    path = Path(flags.output, f"table1_{flags.dataset}.json")
+    utils.write_json(path, results)
+    draw(path.with_suffix(".png"), results, flags.dataset)
+    some = next(iter(results.values()))[0]
+    print("\n" + "\n".join(table(results, flags.dataset)))
+    print(f"\n{some['machine']}, TensorFlow {some['versions']['tensorflow']}; {some['images']:,} "
+          f"tested. Wrote {path}, {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

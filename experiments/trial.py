@@ -1,0 +1,113 @@
+"""One training and test of a network of an experiment, which goes on where it was stopped."""
+
+import datetime
+import hashlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
+
+def start():
+    """Import TensorFlow as main.py does: big buffers kept, remarks kept off the terminal."""
+    utils.keep_big_buffers()
+    import main
+
+    with main.without_remarks():
+        import tensorflow as tf
+
+        import model
+
+        tf.config.list_physical_devices()
+        tf.get_logger().setLevel("ERROR")
+    return tf, model
+
+
+def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None):
+    """Train a network and test it; what was done before is not done again.
+
+    Args:
+        folder: keeps checkpoints and events while it trains, and `result.json`.
+        make: function of no arguments -> network.
+        train_data, test_data: model.Data.
+        how: model.Training.
+        epochs: to train for, in all.
+        plan: of the test, if it is not `test_data.evaluation_plan()`.
+        until: (accuracy, data, plan): held-out training images, and the accuracy on them at which,
+            at the end of an epoch, training stops; or None.
+
+    Returns:
+        dict: accuracy, wrong, images, epochs, seconds of training, parameters, and what it was; the
+        weights are in `folder`/checkpoint.
+
+    Raises:
+        utils.UserError, model.Interrupted: as the Trainer.
+    """
+    tf, model = start()
+    import main
+
+    folder = Path(folder)
+    digest = hashlib.sha256(np.ascontiguousarray(train_data.images)).hexdigest()[:16]
+    tf.keras.utils.set_random_seed(how.seed)
+    network = make()
+    wanted = json.loads(json.dumps({
+        "network": model.shape_of(network), "training": how._asdict(), "epochs": epochs,
+        "until": until and until[0], "data": digest}))
+    result = folder / "result.json"
+    if result.exists():
+        old = json.loads(result.read_text())
+        if {name: old.get(name) for name in wanted} == wanted:
+            return old
+    folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
+    facts = {"data": digest, "max_shift": train_data.max_shift}
+    with main.Display() as display:
+        trainer = model.Trainer(network, train_data, None, how, folders, facts,
+                                report=display.report)
+        if until:
+            enough, held_out, held_out_plan = until
+            forward = model.compile_forward(network, held_out, True)
+        for epoch in range(1, epochs + 1) if until else [epochs]:
+            trained = trainer.fit(epoch, on_step=display.step)
+            if until and trained:
+                with trainer.averaged():
+                    reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
+                display.report(f"Held-out accuracy after epoch {epoch}: {100 * reached:.2f}%")
+                if reached >= enough:
+                    break
+    model.load_weights(network, folders.checkpoint, print)
+    found = model.evaluate(model.compile_forward(network, test_data, True), test_data,
+                           test_data.evaluation_plan() if plan is None else plan)
+    wrong = int((~found["correct"]).sum())
+    outcome = wanted | {
+        "accuracy": found["accuracy"], "error_percent": 100 * wrong / len(found["correct"]),
+        "wrong": wrong, "images": len(found["correct"]), "trained_epochs": epoch,
+        "training_seconds": model.read_scalars(folders.logs / "train")[1],
+        "parameters": network.count_params(), "machine": main.machine(), "commit": main.commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
+    }
+    utils.write_json(result, outcome)
+    return outcome
+
+
+def report_errors(program, function):
+    """The exit code of a function, with one line for what goes wrong, as main.py does it."""
+    _, model = start()
+    try:
+        return function()
+    except utils.UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except model.Interrupted as stop:
+        print("Stopped, and saved. To go on: the same command again.", file=sys.stderr)
+        return 128 + stop.args[0]
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
