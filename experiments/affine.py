@@ -133,7 +133,7 @@ def examine(name, flags, mnist):
         return model.CapsNet(shape, 10, conv=conv)
 
     how = model.Training(reconstruction_weight=0.0005 if name == "capsnet" else 0.0)
-    folder = Path(flags.output, "runs", name)
+    folder = Path(flags.output, name)
     outcome = trial.run(folder, make, train_data, test_data, how, flags.epochs, placed(test_data),
                         (flags.accuracy / 100, validation, placed(validation)))
     network = make()
@@ -188,7 +188,7 @@ def main(argv=None):
                         help="after which it stops in any case (default 20)")
     parser.add_argument("--train_size", type=table1.positive, help="only the first N images")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
-    parser.add_argument("--output", default="affine", help="folder (default affine)")
+    parser.add_argument("--output", default="runs/affine", help="folder (default runs/affine)")
     flags = parser.parse_args(argv)
     return trial.report_errors("affine.py", lambda: compare(flags))
 

@@ -71,7 +71,7 @@ def main(argv=None):
                         metavar="1..100", help="iterations to watch (default 10)")
     parser.add_argument("--checkpoint", help="folder of a trained network of the default sizes; "
                         "without it the weights that come with the program")
-    parser.add_argument("--output", default=".", help="folder for routing.png and routing.json")
+    parser.add_argument("--output", default="runs/routing", help="folder (default runs/routing)")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
     parser.add_argument("--images", type=int, default=10_000, help="test images, the first so many")
     flags = parser.parse_args(argv)

@@ -50,7 +50,7 @@ def run_row(row, seed, flags):
         return model.CapsNet(shape, 10, routing_iterations=iterations, conv=conv)
 
     how = model.Training(seed=seed, reconstruction_weight=0.0005 if reconstructs else 0.0)
-    folder = Path(flags.output, "runs", f"{flags.dataset}_{row}_seed_{seed}")
+    folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
     return trial.run(folder, make, train_data, test_data, how, flags.epochs)
 
 
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--dataset", choices=("MNIST", "multi_MNIST"), default="MNIST")
     parser.add_argument("--train_size", type=positive, help="only the first N training images")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
-    parser.add_argument("--output", default="table1", help="folder (default table1)")
+    parser.add_argument("--output", default="runs/table1", help="folder (default runs/table1)")
     flags = parser.parse_args(argv)
     column = 3 + (flags.dataset == "multi_MNIST")
     chosen = flags.rows or [row for row, cells in ROWS.items() if cells[column] != "–"]

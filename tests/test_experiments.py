@@ -1,0 +1,266 @@
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import model
+import ops
+import utils
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import affine
+import cnn
+import routing
+import table1
+import trial
+
+# ---------------------------------------------------------------- the baseline CNNs
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(cnn.ARCHITECTURES, "affine", (((6, 5, True), (4, 4, False)), (9, 7)))
+
+
+@pytest.mark.parametrize("architecture, side, digits, count", [
+    ("mnist", 28, 1, 35_445_522),  # section 5: 35.4M
+    ("multi", 36, 2, 24_563_978)])  # section 6.1: 24.56M
+def test_the_baselines_have_exactly_the_parameters_of_the_paper(architecture, side, digits, count):
+    assert cnn.CNN((side, side, 1), 10, architecture, digits).count_params() == count
+
+
+def test_the_affine_baseline_has_about_the_parameters_of_the_capsnet_without_its_decoder():
+    sizes = model.layer_sizes((affine.CANVAS, affine.CANVAS, 1), 10)[:3]
+    count = cnn.CNN((affine.CANVAS, affine.CANVAS, 1), 10, "affine").count_params()
+    assert abs(count / sum(n for *_, n in sizes) - 1) < 0.05
+
+
+@pytest.mark.parametrize("conv", ["direct", "dft"])
+def test_the_network_is_the_librarys_convolutions_pooling_and_layers(small, conv):
+    net = cnn.CNN((12, 10, 1), 5, "affine", conv=conv)
+    images = np.random.default_rng(0).random((3, 12, 10, 1), np.float32)
+    x = images
+    for layer, pooled in zip(net.convolutions, (True, False)):
+        x = tf.nn.relu(tf.nn.conv2d(x, layer.kernel.value, 1, "SAME") + layer.bias.value)
+        x = tf.nn.max_pool2d(x, 2, 2, "VALID") if pooled else x
+    x = tf.reshape(x, (3, -1)).numpy()
+    for layer in net.hidden[:-1]:
+        x = np.maximum(x @ layer.kernel.numpy() + layer.bias.numpy(), 0)
+    logits = x @ net.hidden[-1].kernel.numpy() + net.hidden[-1].bias.numpy()
+    np.testing.assert_allclose(net.logits(images), logits, atol=1e-5)
+    np.testing.assert_allclose(net.logits(images, net.spectra()), logits, atol=1e-5)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(net(images), expected, atol=1e-5)
+
+
+def test_half_of_the_last_hidden_layer_is_dropped_in_training_only_anew_in_every_step(small):
+    net = cnn.CNN((12, 12, 1), 5, "affine", seed=3)
+    images = np.random.default_rng(0).random((400, 12, 12, 1), np.float32)
+    last = net.hidden[-1]
+    last.kernel.assign(np.eye(7, 5))  # so the logits show five units of the layer
+    rest = net.logits(images).numpy()
+    on = rest > 1e-3
+    one, other, again = (net.logits(images, step=tf.constant(step)).numpy() for step in (4, 5, 4))
+    np.testing.assert_array_equal(one, again)
+    kept = one[on] != 0
+    np.testing.assert_allclose(one[on][kept], 2 * rest[on][kept], rtol=1e-5)
+    assert abs(kept.mean() - 0.5) < 0.06 and (kept != (other[on] != 0)).mean() > 0.3
+    seeded = cnn.CNN((12, 12, 1), 5, "affine", seed=4)
+    seeded.set_weights(net.get_weights())
+    assert (seeded.logits(images, step=tf.constant(4)).numpy() != one).any()
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_losses_and_predictions_agree_with_their_formulas(small, digits):
+    net = cnn.CNN((12, 12, 1), 5, "affine", digits)
+    dice = np.random.default_rng(1)
+    images = dice.integers(0, 256, (6, digits, 12, 12, 1), np.uint8)
+    labels = np.array([[0, 1], [1, 2], [2, 3], [3, 4], [4, 0], [0, 2]], np.int32)[:, :digits]
+    data = model.Data(images[:, 0], labels[:, 0])
+    seen = net.examine(data, (images, np.zeros((6, digits, 2), int), labels, np.ones(6)))
+    logits = net.logits(np.minimum(images.sum(axis=1) / 255, 1).astype(np.float32)).numpy()
+    for n in range(6):
+        if digits == 1:
+            expected = -logits[n, labels[n, 0]] + math.log(sum(math.exp(z) for z in logits[n]))
+        else:
+            expected = sum(math.log(1 + math.exp(-z if j in labels[n] else z))
+                           for j, z in enumerate(logits[n]))
+        assert float(seen["margin"][n]) == pytest.approx(expected, rel=1e-4)
+        best = set(np.argsort(-logits[n])[:digits])
+        assert set(seen["predictions"][n].numpy()) == best
+        assert bool(seen["correct"][n]) == (best == set(labels[n]))
+    assert not seen["reconstruction"].numpy().any()
+
+
+# ---------------------------------------------------------------- training and going on
+
+
+def corners(n, seed=0):
+    dice = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    images = dice.integers(0, 60, (n, 12, 12, 1), dtype=np.uint8)
+    for image, label in zip(images, labels):
+        image[6 * (label // 2):][:6, 6 * (label % 2):][:, :6] += 180
+    return model.Data(images, labels, class_names=("a", "b", "c"))
+
+
+def test_a_baseline_learns_stops_when_it_is_good_enough_and_is_not_trained_twice(
+        small, tmp_path, monkeypatch, capsys):
+    train_data, test_data, held_out = corners(90), corners(30, 1), corners(30, 2)
+    how = model.Training(batch_size=10, learning_rate=0.01)
+
+    def go():
+        return trial.run(tmp_path, lambda: cnn.CNN((12, 12, 1), 3, "affine", conv="dft"), train_data,
+                         test_data, how, 9, until=(0.95, held_out, held_out.evaluation_plan()))
+
+    first = go()
+    assert first["accuracy"] > 0.9 and first["trained_epochs"] < 9 and first["images"] == 30
+    assert "Held-out accuracy after epoch 1" in capsys.readouterr().out
+    network = cnn.CNN((12, 12, 1), 3, "affine")
+    model.load_weights(network, tmp_path / "checkpoint", print)
+    found = network(test_data.images / np.float32(255)).numpy().argmax(axis=1)
+    assert (found != test_data.labels).sum() == first["wrong"]
+    monkeypatch.setattr(model.Trainer, "fit", None)
+    assert go() == first
+
+
+# ---------------------------------------------------------------- table 1
+
+
+def outcome(seed, wrong):
+    return {"error_percent": wrong / 100, "wrong": wrong, "training": {"seed": seed}, "epochs": 3,
+            "training_seconds": 600.0, "parameters": 35445522}
+
+
+def test_the_table_has_means_deviations_and_the_papers_column(tmp_path):
+    results = {"cnn": [outcome(0, 50)], "3-yes": [outcome(0, 40), outcome(1, 50), outcome(2, 45)]}
+    _, _, baseline, capsnet = table1.table(results, "MNIST")
+    assert baseline == ("| Baseline CNN | – | – | 35,445,522 | 0.50 | 50 | 0 | 3 | 10 | 0.39 |")
+    assert capsnet == ("| CapsNet | 3 | yes | 35,445,522 | 0.45 ± 0.050 | 40, 50, 45 | 0, 1, 2 | 3 "
+                       "| 10, 10, 10 | 0.25 ± 0.005 |")
+    assert table1.table(results, "multi_MNIST")[2].endswith("| 8.1 |")
+    table1.draw(tmp_path / "a.png", results, "MNIST")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("words", [["--rows=2-yes"], ["--seeds=a"], ["--epochs=0"], ["--dataset=x"]])
+def test_wrong_words_are_usage_errors(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        table1.main(words)
+    assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
+def test_missing_data_are_said_in_one_line(tmp_path, capsys):
+    for program in (table1, affine, routing):
+        words = [f"--data_dir={tmp_path / 'none'}", f"--output={tmp_path}"]
+        assert program.main(words) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "python download.py mnist" in said
+
+
+# ---------------------------------------------------------------- affine transformations
+
+
+def test_a_transformation_at_rest_moves_the_ink_and_keeps_every_pixel():
+    digit = utils.load_dataset("mnist", ROOT / "data").x_test[0, ..., 0]
+    ink = digit[np.ix_(digit.any(1), digit.any(0))]
+    height, width = ink.shape
+    for place, (top, left) in {(0.0, 0.0): (0, 0), (0.999, 0.999): (40 - height, 40 - width),
+                               (1.0, 0.0): (40 - height, 0)}.items():
+        moved = affine.transform(digit, affine.transform_matrix(0, 0, 1, 1), place)
+        np.testing.assert_array_equal(moved[top:top + height, left:left + width], ink)
+        assert moved.sum(dtype=int) == digit.sum(dtype=int)
+
+
+def test_turning_by_a_right_angle_is_that_of_numpy_and_scaling_doubles_the_sides():
+    digit = np.zeros((28, 28), np.uint8)
+    digit[8:20, 10:14], digit[8:10, 10:20] = 255, 200
+    turned = affine.transform(digit, affine.transform_matrix(90, 0, 1, 1), (0, 0))
+    ink = np.rot90(digit, -1)  # clockwise
+    ink = ink[np.ix_(ink.any(1), ink.any(0))]
+    np.testing.assert_array_equal(turned[:ink.shape[0], :ink.shape[1]], ink)
+    block = np.zeros((28, 28), np.uint8)
+    block[10:18, 11:17] = 255
+    large = affine.transform(block, affine.transform_matrix(0, 0, 2, 1), (0, 0)) > 127
+    assert (large.any(1).sum(), large.any(0).sum()) == (16, 6)
+    sheared = affine.transform(block, affine.transform_matrix(0, 0.5, 1, 1), (0, 0)) > 127
+    starts = [np.flatnonzero(row)[0] for row in sheared if row.any()]
+    assert starts == sorted(starts) and 3 <= starts[-1] - starts[0] <= 4  # half of 8 rows
+
+
+@pytest.mark.parametrize("rotation, shear, y, x", [(0, 0, 1, 1), (30, 0.2, 0.8, 1.2), (-90, 0, 2, 1)])
+def test_the_matrix_is_a_rotation_of_a_shear_of_a_scaling(rotation, shear, y, x):
+    matrix = affine.transform_matrix(rotation, shear, y, x)
+    a = math.radians(rotation)
+    for point in ((1.0, 0.0), (0.0, 1.0), (0.3, -2.0)):
+        px, py = point[0] * x, point[1] * y
+        px = px + shear * py
+        expected = (px * math.cos(a) - py * math.sin(a), px * math.sin(a) + py * math.cos(a))
+        np.testing.assert_allclose(matrix @ point, expected, atol=1e-12)
+
+
+def test_the_affine_digits_are_fixed_differ_and_lie_everywhere_on_the_canvas():
+    images = utils.load_dataset("mnist", ROOT / "data").x_test[:300]
+    made = affine.affine_test_images(images)
+    np.testing.assert_array_equal(made, affine.affine_test_images(images))
+    assert (made != affine.affine_test_images(images, seed=1)).any()
+    assert made.shape == (300, 40, 40, 1) and made.dtype == np.uint8
+    assert made.any(axis=(0, 2, 3)).all() and made.any(axis=(0, 1, 3)).all()  # every row, column
+    # Shear keeps the ink, and the two scalings change it by 0.64 to 1.44.
+    ratio = made.sum(axis=(1, 2, 3), dtype=float) / images.sum(axis=(1, 2, 3), dtype=float)
+    assert 0.6 < ratio.min() < 0.75 and 1.3 < ratio.max() < 1.5 and abs(ratio.mean() - 1) < 0.05
+
+
+def test_placed_digits_are_the_same_in_every_call_and_anywhere_within_the_margin():
+    data = model.Data(np.zeros((500, 28, 28, 1), np.uint8), np.zeros(500, int), 6, 6)
+    plan = affine.placed(data)
+    np.testing.assert_array_equal(plan.shift, affine.placed(data).shift)
+    assert (plan.shift.min(), plan.shift.max()) == (-6, 6)
+    assert data.canvas_shape() == (40, 40, 1)
+
+
+@pytest.mark.parametrize("right, n, low, high", [  # by hand from Wilson's formula
+    (50, 100, 40.383, 59.617), (0, 10, 0.0, 27.753), (7900, 10000, 78.190, 79.787)])
+def test_the_interval_is_wilsons(right, n, low, high):
+    assert affine.interval(right, n) == pytest.approx((low, high), abs=2e-3)
+
+
+# ---------------------------------------------------------------- routing, watched
+
+
+def test_watched_routing_is_the_routing_of_the_network_and_of_a_slow_loop():
+    u_hat = np.random.default_rng(0).normal(0, 0.5, (3, 4, 5, 6)).astype(np.float32)
+    for iterations in (1, 2, 4):
+        changes, entropies, v = routing.measure(tf.constant(u_hat), iterations)
+        np.testing.assert_allclose(v, ops.routing(tf.constant(u_hat), iterations), atol=1e-5)
+        b = np.zeros((3, 4, 5))
+        for r in range(iterations):
+            c = np.exp(b) / np.exp(b).sum(axis=1, keepdims=True)
+            entropy = np.mean([-sum(p * math.log2(p) for p in c[n, :, i])
+                               for n in range(3) for i in range(5)])
+            change = np.zeros_like(b)
+            for n, j in np.ndindex(3, 4):
+                s = sum(c[n, j, i] * u_hat[n, j, i] for i in range(5))
+                squared = s @ s
+                out = squared / (1 + squared) * s / math.sqrt(squared)
+                for i in range(5):
+                    change[n, j, i] = u_hat[n, j, i] @ out
+            b += change
+            assert changes[r] == pytest.approx(np.abs(change).mean(), rel=1e-4)
+            assert entropies[r] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_routing_of_the_trained_network_is_measured_and_drawn(tmp_path, capsys):
+    words = ["--images=20", "--iterations=3", f"--output={tmp_path}"]
+    assert routing.main(words) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "routing.json").read_text())
+    assert f"| 3 | {found['changes'][2]:.5f} | {found['entropies_bits'][2]:.4f} |" in said
+    assert found["entropies_bits"][0] == pytest.approx(math.log2(10), abs=1e-5)
+    assert found["images"] == 20 and (tmp_path / "routing.png").stat().st_size > 5000
