@@ -653,50 +653,14 @@ def model_card(run, facts, result):
                    f"{result['versions']['tensorflow']}.")
     else:
         figures = "Not measured: these weights were exported without a test of them."
-    shown = 1 + run.test_data.overlap
     seconds = f" in {facts['seconds'] / 60:.0f} minutes" if facts["seconds"] else ""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in
-                         (facts["shape"] | training).items())
-    names = ", ".join(run.dataset.class_names)
-    return f"""# CapsNet for {run.name}
-
-A capsule network with dynamic routing (Sabour, Frosst, Hinton: *Dynamic Routing Between Capsules*,
-2017, arXiv:1710.09829), {run.model.count_params():,} parameters, trained for {facts['step']:,} steps{seconds}.
-
-**Input**: float32 (N, {height}, {width}, {channels}), pixels from 0 (background) to 1, white on black as in the training images.
-**Output**: `lengths` (N, {len(run.dataset.class_names)}), from 0 to 1, how much the network sees each class; `capsules`
-(N, {facts['shape']['n_classes']}, {facts['shape']['digit_dim']}), their direction says how it looks; `reconstructions` (N, {shown}, {height}, {width}, {channels}) of the {shown} longest.
-**Classes**, in this order: {names}.
-
-Test images of {run.name}: {figures}
-
-## Loading it
-
-The SavedModel needs TensorFlow alone:
-
-    import tensorflow as tf
-    network = tf.saved_model.load("saved_model")
-    found = network.serve(images)  # a dict of lengths, capsules and reconstructions
-
-The `.keras` file needs `ops.py` and `model.py` of the program that trained it:
-
-    import keras, ops, model
-    network = keras.saving.load_model("capsnet.keras")
-    lengths, capsules = network.predict(images)
-
-`weights.npz` has the weights as float16, by name.
-
-## Training
-
-| setting | value |
-|---|---|
-{settings}
-
-## Limits
-
-It knows single, centred images like those it was trained on. A length is no calibrated probability: images of no class at all
-may have a long capsule.
-"""
+    return (Path(__file__).parent / "assets" / "model_card.md").read_text("utf-8").format(
+        name=run.name, parameters=f"{run.model.count_params():,}", steps=f"{facts['step']:,}",
+        seconds=seconds, height=height, width=width, channels=channels, figures=figures,
+        dims=facts["shape"]["digit_dim"], shown=1 + run.test_data.overlap,
+        classes=len(run.dataset.class_names), names=", ".join(run.dataset.class_names),
+        settings="\n".join(f"| {name} | {value} |"
+                           for name, value in (facts["shape"] | training).items()))
 
 
 def say_written(paths):
