@@ -40,8 +40,8 @@ FLAGS = {
         ("test", False, None, "accuracy and losses over all test images"),
         ("reconstruction_test", False, None, "pictures of reconstructions, to --sample_dir"),
         ("tweak_test", False, None, "pictures of capsules changed step by step, to --tweak_dir"),
-        ("predict", "", None, "say what is on these image files, a quoted pattern such as 'my/*.png'"),
         ("export", "", None, "write the network to this new folder, for use without this program"),
+        ("predict", "", None, "say what is on these image files, a quoted pattern such as 'my/*.png'"),
     ],
     "Weights": [
         ("pretrained", False, None,
@@ -177,12 +177,16 @@ def parse(argv):
             if not values[name].present:
                 setattr(values, name, value)
     if values.dataset not in utils.CLASS_NAMES and not (
-            values.dataset.endswith(".npz") or os.path.isdir(values.dataset)):
+            values.dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(values.dataset))):
         raise UsageError(f"--dataset={values.dataset} is unknown, expected one of "
                          f"{', '.join(utils.CLASS_NAMES)}, a .npz file, or a folder with "
                          "train/CLASS/* and test/CLASS/*")
     if values.restart and not values.train:
         raise UsageError("--restart begins a training anew and needs --train")
+    if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
+        raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
+    if values.predict and values.multi_MNIST:
+        raise UsageError("--predict takes images of single digits, without --multi_MNIST")
     if values.pretrained and (values.train or values.validation_check):
         raise UsageError("--pretrained takes the weights that come with the program and cannot be "
                          "combined with --train or --validation_check")
@@ -291,6 +295,7 @@ class Run:
         import model
 
         self.flags, self.argv, self.library = values, argv, model
+        self.commit = commit()  # now: it may be another one after an hour of training
         gpu = bool(tf.config.list_physical_devices("GPU"))
         if values.precision != "float32" and not gpu:
             raise UsageError("--precision=mixed_bfloat16 is for accelerators and there is none here, "
@@ -350,14 +355,34 @@ class Run:
     def load(self):
         """Restore the weights to be examined, and say which."""
         if self.flags.pretrained:
-            folder = Path(__file__).parent / "pretrained" / self.name
+            known = self.flags.dataset in utils.CLASS_NAMES
+            folder = Path(__file__).parent / "pretrained" / (
+                self.name if known else self.flags.dataset.replace(os.sep, "_"))
             self.facts = self.library.load_pretrained(self.model, folder)
         else:
             best = self.flags.validation_check
             folder = self.folders.best if best else self.folders.checkpoint
             self.facts = self.library.load_weights(self.model, folder, print)
+            values = self.flags
+            if self.chief and (values.test or values.reconstruction_test or values.tweak_test
+                               or values.export):  # what is there is of one run
+                self.library.claim(self.folders.logs, self.folders.checkpoint)
+        training = self.facts["training"]
+        names = list(self.dataset.class_names)
+        if training.get("class_names", names) != names:
+            raise UserError(f"{folder} was trained on other classes: {training['class_names']} there "
+                            f"and {names} here; give the --dataset that it was trained on")
+        if training["data"] != self.digest(training["train_size"]):
+            print("These weights were trained on other images than those of --dataset.")
         averaged = ", averaged over the last steps" * bool(self.facts["training"].get("averaging"))
         print(f"Weights of step {self.facts['step']} from {folder}{averaged}")
+
+    def digest(self, train_size):
+        """A fingerprint of the training images that a run uses."""
+        digest = hashlib.sha256()
+        for part in (self.dataset.x_train, self.dataset.y_train):
+            digest.update(np.ascontiguousarray(part[:train_size or None]))
+        return digest.hexdigest()[:16]
 
     def log_pictures(self, name, pictures):
         """Show pictures (H, W, 3) in TensorBoard too, in place of those of an earlier command."""
@@ -377,14 +402,12 @@ def train(run):
     if values.validation_check:
         kept, held_out = utils.split_validation(len(data.labels), values.seed)
         data, validation = data.subset(kept), data.subset(held_out)
-    digest = hashlib.sha256(np.ascontiguousarray(run.train_data.images))
-    digest.update(np.ascontiguousarray(run.train_data.labels))
     facts = {"dataset": run.dataset.name} | {name: getattr(values, name) for name in (
         "train_size", "validation_check", "multi_MNIST", "data_deformation",
         "initialization", "precision")}
     if values.multi_MNIST:
         del facts["data_deformation"]
-    facts["data"] = digest.hexdigest()[:16]
+    facts |= {"data": run.digest(values.train_size), "class_names": list(run.dataset.class_names)}
     how = model.Training(**{name: getattr(values, name) for name in model.Training._fields})
     with Display() as display:
         trainer = model.Trainer(run.model, data, validation, how, run.folders, facts, run.jit,
@@ -399,6 +422,8 @@ def train(run):
         done = trainer.step // trainer.steps_per_epoch
         print(f"This run is finished: {done} epochs in {run.folders.checkpoint}. To train longer: "
               f"--epoch={done + 10}; to begin anew: --restart.")
+        if run.chief and not (Path(values.sample_dir) / "learning_curve.png").exists():
+            draw_learning_curves(run, trainer.steps_per_epoch)
         return
     print(f"Trained to step {trainer.step} in {time.perf_counter() - began:.0f} s; checkpoint in "
           f"{run.folders.checkpoint}.")
@@ -454,9 +479,10 @@ def training_seconds(run):
     """How long the weights were trained, by the events of the training; None if these are gone."""
     if "seconds" in run.facts:
         return run.facts["seconds"]
-    scalars, seconds = run.library.read_scalars(run.folders.logs / "train")
-    whole = scalars and scalars["loss/total"][0][-1] >= run.facts["step"]
-    return seconds if whole else None
+    step = run.facts["step"]
+    scalars, seconds = run.library.read_scalars(run.folders.logs / "train", step)
+    steps = scalars.get("loss/total", ([],))[0]
+    return seconds if steps and (steps[0], steps[-1]) == (1, step) else None
 
 
 def test(run):
@@ -492,7 +518,7 @@ def test(run):
         "images_per_second": len(correct) / seconds, "dataset": run.name,
         "checkpoint_step": run.facts["step"], "seed": run.facts["training"]["seed"],
         "training": run.facts["training"], "training_seconds": training_seconds(run),
-        "machine": machine(), "commit": commit(), "flags": run.flags.flag_values_dict(),
+        "machine": machine(), "commit": run.commit, "flags": run.flags.flag_values_dict(),
         "command": shlex.join(run.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__,
@@ -507,16 +533,14 @@ def test(run):
     print("Accuracy per class: " + ", ".join(
         f"{name} {100 * share:.2f}%" for name, share in per_class.items() if share is not None))
     utils.write_json(run.folders.logs / "test.json", result)
-    with run.library.replacing_events(run.folders.logs / "test", "evaluation", run.facts["step"]):
-        run.library.summarize(data, found, total)
     samples = Path(run.flags.sample_dir)
+    with run.library.replacing_events(run.folders.logs / "test", "evaluation", run.facts["step"]):
+        run.library.summarize(data, found, total, samples / "confusion_matrix.png")
     written = [run.folders.logs / "test.json"]
     if data.overlap:
         written.append(save_multi_sheet(run, plan, found))
     else:
         written += [samples / "confusion_matrix.png", samples / "misclassified.png"]
-        matrix = utils.confusion_matrix(labels[:, 0], predictions[:, 0], len(names))
-        utils.save_confusion_matrix(written[1], matrix, names)
         utils.save_misclassified(
             written[2], data.images[plan.index[:, 0]][~correct], labels[~correct, 0],
             predictions[~correct, 0], found["lengths"][~correct], names)
@@ -578,19 +602,27 @@ def tweak_test(run):
                  folder / "overview.png", folder / "sweep.gif"])
 
 
+def matching_files(pattern):
+    """Files of a pattern, sorted; raises UserError if there is none."""
+    path = os.path.expanduser(pattern)
+    found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    files = [path for path in found if os.path.isfile(path)]
+    if not files:
+        raise UserError(f"--predict={pattern} matches no file, expected image files; quote a "
+                        "pattern, and ** stands for folders in folders")
+    return files
+
+
 def predict(run):
     """Say what a network sees on image files; prints it, writes a CSV file and a sheet.
 
     Raises UserError: no file matches, or some cannot be read; the others are predicted then.
     """
-    paths = [path for path in sorted(glob.glob(run.flags.predict, recursive=True))
-             if os.path.isfile(path)]
-    if not paths:
-        raise UserError(f"--predict={run.flags.predict} matches no file, expected image files; quote "
-                        "a pattern, and ** stands for folders in folders")
+    paths = matching_files(run.flags.predict)
     names, shape = run.dataset.class_names, run.test_data.canvas_shape()
+    trained = run.train_data.images[::max(1, len(run.train_data.images) // 1000)]
     # Photographs are light or dark at their edges by chance: only what always is one way is turned.
-    share = np.mean([utils.is_dark_on_light(image) for image in run.train_data.images[:1000]])
+    share = np.mean([utils.is_dark_on_light(image) for image in trained])
     turned = shape[-1] == 1 and (share < 0.05 or share > 0.95)
     kept, images, texts, failed = [], [], [], []
     for path in paths:
@@ -680,7 +712,9 @@ def main(argv):
                   + ".\n" + __doc__.strip().split("\n\n", 1)[1] + "\nAll flags: --help",
                   file=sys.stderr)
             return 2
-        return run_modes(values, argv, modes)
+        code = run_modes(values, argv, modes)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
+        return code
     except UsageError as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
@@ -692,6 +726,28 @@ def main(argv):
         return 1
 
 
+def problem(error, several_workers=False):
+    """An error of the world outside in one line: what is wrong, and what to do."""
+    import tensorflow as tf
+
+    from model import reason
+
+    lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+            tf.errors.DeadlineExceededError)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return (f"{place}{error.strerror or error}; choose another folder, or make this one "
+                "writable")
+    if isinstance(error, MemoryError):
+        return "out of memory; try a smaller --batch_size or network"
+    if several_workers and isinstance(error, lost):
+        return ("another worker stopped or cannot be reached; start all workers again, they go on "
+                "from the last checkpoint")
+    return f"{reason(error)}; what was saved before is as it was"
+
+
 def run_modes(values, argv, modes):
     utils.keep_big_buffers()
     # Of several workers, all say of one that stops what is said below in one line.
@@ -699,12 +755,16 @@ def run_modes(values, argv, modes):
     with without_remarks():
         import tensorflow as tf
 
-        from model import Interrupted, over_workers, reason
+        from model import Interrupted, check_new, over_workers
 
         tf.config.list_physical_devices()
         tf.get_logger().setLevel("ERROR")
 
     try:
+        if values.export:
+            check_new(values.export)  # before an hour of training
+        if values.predict:
+            matching_files(values.predict)
         run = Run(values, argv)
         with contextlib.ExitStack() as stack:
             if not run.chief:
@@ -714,7 +774,7 @@ def run_modes(values, argv, modes):
                 train(run)
             if modes != ["train"]:
                 run.load()
-            for mode in (test, reconstruction_test, tweak_test, predict, export):
+            for mode in (test, reconstruction_test, tweak_test, export, predict):
                 if mode.__name__ in modes and (run.chief or mode is test):
                     mode(run)
             over_workers(run.strategy, 0)  # one that ends leaves no other alone
@@ -725,24 +785,10 @@ def run_modes(values, argv, modes):
         print("Stopped, and saved. To go on: the same command again"
               + ", without --restart" * values.restart + ".", file=sys.stderr)
         return 128 + stop.args[0]
-    except UserError as error:
-        print(f"main.py: {error}", file=sys.stderr)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"main.py: {place}{error.strerror or error}; choose another folder, or make this one "
-              "writable", file=sys.stderr)
-    except MemoryError:
-        print("main.py: out of memory; try a smaller --batch_size or network", file=sys.stderr)
-    except tf.errors.OpError as error:
-        lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
-                tf.errors.DeadlineExceededError)
-        if values.strategy == "multi_worker" and isinstance(error, lost):
-            print("main.py: another worker stopped or cannot be reached; start all workers again, "
-                  "they go on from the last checkpoint", file=sys.stderr)
-            return 1
-        print(f"main.py: {reason(error)}; what was saved before is as it was", file=sys.stderr)
+    except (UserError, OSError, MemoryError, tf.errors.OpError) as error:
+        print(f"main.py: {problem(error, values.strategy == 'multi_worker')}", file=sys.stderr)
     return 1
 
 

@@ -507,8 +507,8 @@ def event_files(folder):
         yield path, records, whole
 
 
-def read_scalars(folder):
-    """The scalars in the event files of a run, and how long it trained.
+def read_scalars(folder, last_step=math.inf):
+    """The scalars in the event files of a run, and how long it trained until a step.
 
     Returns:
         dict of tag to (steps, values), and the seconds from the first to the last event of each
@@ -517,6 +517,7 @@ def read_scalars(folder):
     series, seconds = {}, 0.0
     for _, records, _ in event_files(folder):
         events = [tf.compat.v1.Event.FromString(record) for record in records]
+        events = [event for event in events if event.step <= last_step]
         seconds += events[-1].wall_time - events[0].wall_time if events else 0
         for event in events:
             for value in event.summary.value:
@@ -540,8 +541,11 @@ def replacing_events(folder, name, step):
         path.unlink()
 
 
-def summarize(data, found, total):
-    """Summaries of what `evaluate` found: losses, confusion matrix, lengths of each class's capsule."""
+def summarize(data, found, total, path=None):
+    """Summaries of what `evaluate` found: losses, confusion matrix, lengths of each class's capsule.
+
+    The confusion matrix goes to the file `path` too.
+    """
     tf.summary.scalar("loss/total", total)
     tf.summary.scalar("loss/margin", found["margin_loss"])
     tf.summary.scalar("loss/reconstruction", found["reconstruction_loss"])
@@ -549,8 +553,8 @@ def summarize(data, found, total):
     if not data.overlap:
         matrix = utils.confusion_matrix(
             found["labels"][:, 0], found["predictions"][:, 0], len(data.class_names))
-        tf.summary.image("confusion matrix",
-                         utils.save_confusion_matrix(None, matrix, data.class_names)[None])
+        picture = utils.save_confusion_matrix(path, matrix, data.class_names)
+        tf.summary.image("confusion matrix", picture[None])
     for number, name in enumerate(data.class_names):
         present = (found["labels"] == number).any(axis=1)
         lengths = found["lengths"][:, number]
@@ -624,6 +628,14 @@ def move_aside(folders):
 # --- Networks to take along ----------------------------------------------------------------------
 
 
+def check_new(folder):
+    """Raises UserError if a folder is there and not empty, or is a file."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already, expected a new or empty folder; give another "
+                        "name")
+
+
 def export(model, folder, facts, card, shown=1):
     """Write a network to a new folder, all of it or nothing.
 
@@ -638,10 +650,8 @@ def export(model, folder, facts, card, shown=1):
     Raises:
         UserError: the folder is there and not empty, or cannot be written.
     """
+    check_new(folder)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already, expected a new or empty folder; give another "
-                        "name")
     portable = CapsNet(**model.settings | {"conv": "direct"}, dtype="float32")
     portable.set_weights(model.get_weights())
 

@@ -67,6 +67,7 @@ def write_csv(path, head, rows):
 # ---------------------------------------------------------------- memory
 
 
+@functools.cache
 def keep_big_buffers():
     """Makes glibc keep freed memory, in huge pages: handing it back costs a third of a step.
 
@@ -186,7 +187,7 @@ def load_dataset(name, data_dir):
     Raises UserError: unknown name, or files missing, damaged or not belonging together.
     """
     if name not in CLASS_NAMES:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
             return _read_folders(path)
         if path.suffix == ".npz":
@@ -208,14 +209,15 @@ def _read_npz(path):
     expected = "expected x_train, y_train, x_test and y_test as numpy.savez writes them"
     arrays = {}
     try:
-        with np.load(path) as file:
+        with np.load(path) as file:  # TypeError: a single array
             for key in ("x_train", "y_train", "x_test", "y_test"):
-                arrays[key] = file[key]
+                arrays[key] = np.asarray(file[key])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a .npz file") from None
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}; {expected}") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); {expected}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -225,10 +227,9 @@ def _read_npz(path):
             raise UserError(f"{path}: x_{split} has shape {arrays[f'x_{split}'].shape}, expected "
                             "(N, H, W), (N, H, W, 1) or (N, H, W, 3), N at least 1")
         if images.dtype != np.uint8:
-            low, high = images.min(), images.max()
-            if images.dtype.kind != "f" or not 0 <= low <= high <= 1:
-                raise UserError(f"{path}: x_{split} is {images.dtype} from {low} to {high}, "
-                                "expected uint8, or floats from 0 to 1")
+            if images.dtype.kind != "f" or not 0 <= images.min() <= images.max() <= 1:
+                raise UserError(f"{path}: x_{split} is {images.dtype}, expected uint8, or floats "
+                                "from 0 to 1")
             images = _to_uint8(images)
         if labels.shape in ((len(images), 1), (len(images),)):
             labels = labels.reshape(-1)
@@ -246,18 +247,23 @@ def _read_npz(path):
 
 
 def read_image(path):
-    """An image file as uint8 (H, W, 1), or (H, W, 3) if it has colours; transparent parts black.
+    """An image file, upright, as uint8 (H, W, 1), or (H, W, 3) if it has colours.
 
+    Transparent parts become white behind dark ink and black behind light ink.
     Raises UserError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # grey of 16 bits, or floats
                 whole = 65535 if image.mode[0] == "I" else 1
                 return _to_uint8(np.asarray(image, np.float64) / whole)[..., None]
             if "transparency" in image.info or "A" in image.getbands():
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+                *ink, alpha = np.moveaxis(np.asarray(image, np.float64), -1, 0)
+                dark = (np.mean(ink, axis=0) * alpha).sum() < 127.5 * alpha.sum()
+                ground = Image.new("RGBA", image.size, "white" if dark else "black")
+                image = Image.alpha_composite(ground, image)
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); put a good one in its "
@@ -266,10 +272,14 @@ def read_image(path):
     return pixels[..., :1] if grey else pixels
 
 
+def _edge_color(image):
+    """The median of the pixels on the edge of an image (H, W, C): (C,)."""
+    return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
+
+
 def is_dark_on_light(image):
-    """Whether most of the pixels on the edge of an image (H, W, C) are brighter than the middle."""
-    edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    return float(np.median(edge.mean(-1))) > 127.5
+    """Whether the edge of an image, uint8 (H, W, C), is brighter than half."""
+    return float(_edge_color(image).mean()) > 127.5
 
 
 def fit_image(image, shape, inverted):
@@ -292,8 +302,7 @@ def fit_image(image, shape, inverted):
         done.append("inverted")
     if image.shape[:2] != (height, width):
         done.append(f"resized from {image.shape[1]}×{image.shape[0]}")
-        edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-        color = tuple(np.median(edge, axis=0).astype(int).tolist())
+        color = tuple(_edge_color(image).astype(int).tolist())
         picture = Image.fromarray(np.squeeze(image, -1) if channels == 1 else image)
         picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS,
                                color[0] if channels == 1 else color)
@@ -430,7 +439,7 @@ def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
     index = np.arange(len(labels), dtype=np.int32)[:, None]
     if not overlap:
         return Plan(index, np.zeros((*index.shape, 2), np.int32))
-    index = index.repeat(pairs_per_image, 0)
+    index = np.tile(index, (pairs_per_image, 1))  # so more pairs begin with those of one each
     partners = _draw_partners(labels, index[:, 0], random_stream(0, 0, "evaluation partner"))
     index = np.column_stack([index, partners.astype(np.int32)])
     shifts = _draw_shifts(index.shape, max_shift, random_stream(0, 0, "evaluation shift"))

@@ -139,12 +139,11 @@ def examine(name, flags, mnist):
     network = make()
     model.load_weights(network, folder / "checkpoint", print)
     on_canvas = model.Data(np.zeros((1, CANVAS, CANVAS, 1), np.uint8), mnist.y_test)
+    forward = model.compile_forward(network, on_canvas, True)
 
     def right(images):
         data = on_canvas._replace(images=images)
-        found = model.evaluate(model.compile_forward(network, data, True), data,
-                               data.evaluation_plan())
-        return int(found["correct"].sum())
+        return int(model.evaluate(forward, data, data.evaluation_plan())["correct"].sum())
 
     n = len(mnist.y_test)
     outcome["affine_right"] = right(affine_test_images(mnist.x_test))

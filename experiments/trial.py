@@ -54,7 +54,12 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     import main
 
     folder = Path(folder)
-    digest = hashlib.sha256(np.ascontiguousarray(train_data.images)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for data in (train_data, test_data):
+        digest.update(np.ascontiguousarray(data.images))
+        digest.update(np.ascontiguousarray(data.labels))
+        digest.update(repr(data[2:]).encode())
+    digest = digest.hexdigest()[:16]
     tf.keras.utils.set_random_seed(how.seed)
     network = make()
     wanted = json.loads(json.dumps({
@@ -66,16 +71,15 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
         if {name: old.get(name) for name in wanted} == wanted:
             return old
     folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
-    facts = {"data": digest, "max_shift": train_data.max_shift}
     with main.Display() as display:
-        trainer = model.Trainer(network, train_data, None, how, folders, facts,
+        trainer = model.Trainer(network, train_data, None, how, folders, {"data": digest},
                                 report=display.report)
         if until:
             enough, held_out, held_out_plan = until
             forward = model.compile_forward(network, held_out, True)
         for epoch in range(1, epochs + 1) if until else [epochs]:
-            trained = trainer.fit(epoch, on_step=display.step)
-            if until and trained:
+            trainer.fit(epoch, on_step=display.step)
+            if until and trainer.step == epoch * trainer.steps_per_epoch:
                 with trainer.averaged():
                     reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
                 display.report(f"Held-out accuracy after epoch {epoch}: {100 * reached:.2f}%")
@@ -99,11 +103,13 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
 
 def report_errors(program, function):
     """The exit code of a function, with one line for what goes wrong, as main.py does it."""
-    _, model = start()
+    tf, model = start()
+    import main
+
     try:
         return function()
-    except utils.UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (utils.UserError, OSError, MemoryError, tf.errors.OpError) as error:
+        print(f"{program}: {main.problem(error)}", file=sys.stderr)
         return 1
     except model.Interrupted as stop:
         print("Stopped, and saved. To go on: the same command again.", file=sys.stderr)

@@ -141,11 +141,14 @@ def test_help_lists_every_flag_and_answers_without_importing_tensorflow():
         assert re.search(rf"^  --(\[no\])?{name}[ =\n]", shown.stdout, re.MULTILINE), name
 
 
-def test_a_reader_of_the_output_may_go_away():
+@pytest.mark.parametrize("words", [["--help"], ["--predict=assets/digits/1.png", "--pretrained"]])
+def test_a_reader_of_the_output_may_go_away(tmp_path, words):
     reading, writing = os.pipe()
     os.close(reading)
-    result = subprocess.run([sys.executable, "main.py", "--help"], check=False, cwd=ROOT,
-                            stdout=writing, stderr=subprocess.PIPE)
+    there = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run([sys.executable, "main.py", *words, f"--sample_dir={tmp_path}"],
+                            check=False, cwd=ROOT, env=there, stdout=writing,
+                            stderr=subprocess.PIPE)
     os.close(writing)
     assert (result.returncode, result.stderr) == (1, b"")
 
@@ -211,6 +214,8 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     (["--train", "--logdir=./checkpoint"], "the same"),
     (["--test", "--restart"], "needs --train"),
     (["--restart"], "needs --train"),
+    (["--test", "--multi_test_pairs=2"], "needs --multi_MNIST"),
+    (["--predict=a.png", "--multi_MNIST"], "single digits"),
     (["--train", "--pretrained"], "cannot be combined with --train"),
     (["--test", "--pretrained", "--validation_check"], "cannot be combined"),
     (["--train", "--validation_check", "--train_size=5"], "--train_size"),
@@ -493,8 +498,10 @@ def test_an_exported_network_says_in_a_new_process_what_it_said_before(
 
 def test_an_export_never_touches_what_is_there_and_leaves_nothing_half_written(
         story, exported, few, monkeypatch):
-    before = files(story.folder)
-    refused(run(story.folder, "--export=taken/along", *SMALL), 1, "taken/along", "another name")
+    before = {name: name for name in files(story.folder)} | {
+        str(path): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    refused(run(story.folder, "--export=taken/along", "--train", "--restart", *SMALL), 1,
+            "taken/along", "another name")  # before it trains
     refused(run(story.folder, "--export=samples/reconstruction.png", *SMALL), 1, "another name")
 
     def fail(*arguments, **facts):
@@ -502,7 +509,9 @@ def test_an_export_never_touches_what_is_there_and_leaves_nothing_half_written(
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     refused(run(story.folder, "--export=new", *SMALL), 1, "No space left")
-    assert files(story.folder) == before and not list(story.folder.glob(".*/"))
+    assert before == {name: name for name in files(story.folder)} | {
+        str(path): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    assert not list(story.folder.glob(".*/"))
 
 
 def test_pretrained_weights_are_those_that_were_exported_as_float16(
@@ -685,6 +694,22 @@ def test_tensorboard_serves_curves_pictures_histograms_and_hyper_parameters(stor
     finally:
         server.kill()
         server.wait()
+
+
+def test_weights_are_not_tested_with_classes_of_other_names_nor_silently_with_other_images(
+        tmp_path, story, few, monkeypatch):
+    there = f"--checkpoint_dir={story.folder / 'checkpoint'}"
+    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: few._replace(
+        class_names=tuple("abcdefghij")))
+    refused(run(tmp_path, "--test", there, *SMALL), 1, "other classes", "'a'", "--dataset")
+    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: few._replace(
+        x_train=few.x_train[::-1]))
+    assert "trained on other images" in run(tmp_path, "--test", there, *SMALL).out
+    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: few)
+    assert "trained on other images" not in run(tmp_path, "--test", there, *SMALL).out
+    other = tmp_path / "elsewhere"
+    shutil.copytree(story.folder / "checkpoint", other)
+    refused(run(tmp_path, "--test", f"--checkpoint_dir={other}", *SMALL), 1, "belongs to the run")
 
 
 def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):

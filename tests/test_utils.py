@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -322,6 +323,7 @@ def test_an_npz_file_gives_its_arrays_whatever_their_form(tmp_path):
     ({"y_test": np.array([0, -1])}, "2 integers from 0"),
     ({"y_test": np.array([0, 10**6])}, "2 integers from 0 to 999"),
     ({"x_test": np.array([None, 1])}, "cannot be read"),
+    ({"x_test": np.array([[["a"]]])}, "expected uint8, or floats"),
 ])
 def test_arrays_that_are_no_data_set_are_refused_in_one_line(tmp_path, changes, named):
     np.savez(tmp_path / "a.npz", **own(**changes))
@@ -338,12 +340,17 @@ def test_an_npz_file_that_is_none_is_refused(tmp_path):
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "text.npz").write_bytes(b"hello")
+    with open(tmp_path / "single.npz", "wb") as file:
+        np.save(file, RAMP)
+    with zipfile.ZipFile(tmp_path / "strange.npz", "w") as file:
+        for name in own():
+            file.writestr(name, b"no array")
     (tmp_path / "flipped.npz").write_bytes(whole[:80] + b"xxxx" + whole[84:])
     (tmp_path / "cut.npz").write_bytes(whole[:-100])
-    for name in ("part", "cut", "empty", "text", "flipped", "missing"):
+    for name in ("part", "cut", "empty", "text", "flipped", "missing", "single", "strange"):
         with pytest.raises(UserError, match=name) as error:
             utils.load_dataset(str(tmp_path / f"{name}.npz"), "")
-        assert "expected x_train" in one_line(error) or "does not exist" in one_line(error)
+        assert "expected" in one_line(error) or "does not exist" in one_line(error)
 
 
 def folders(root, colour):
@@ -401,10 +408,14 @@ def test_image_files_of_every_kind_become_bytes_grey_or_in_colour(tmp_path):
     Image.fromarray(grey > 100).save(tmp_path / "bits.png")
     np.testing.assert_array_equal(utils.read_image(tmp_path / "bits.png")[..., 0],
                                   255 * (grey > 100))
-    half = np.zeros((1, 2, 4), np.uint8)
-    half[..., 0], half[0, 0, 3], half[0, 1, 3] = 200, 255, 0  # opaque red, transparent red
-    Image.fromarray(half).save(tmp_path / "RGBA.png")
-    assert utils.read_image(tmp_path / "RGBA.png").tolist() == [[[200, 0, 0], [0, 0, 0]]]
+    for ink, ground in ([255, 200, 200], 0), ([90, 0, 0], 255):  # opaque, then transparent
+        Image.fromarray(np.array([[[*ink, 255], [*ink, 0]]], np.uint8)).save(tmp_path / "RGBA.png")
+        assert utils.read_image(tmp_path / "RGBA.png").tolist() == [[ink, [ground] * 3]]
+    lying = Image.fromarray(grey)
+    lying.getexif()[0x0112] = 6  # the camera was turned: a quarter clockwise puts it upright
+    lying.save(tmp_path / "photo.png", exif=lying.getexif())
+    np.testing.assert_array_equal(utils.read_image(tmp_path / "photo.png")[..., 0],
+                                  np.rot90(grey, -1))
     for content in (b"", b"no image", (tmp_path / "RGB.png").read_bytes()[:60]):
         (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(UserError, match=r"bad.png cannot be read") as error:
@@ -581,7 +592,8 @@ def test_evaluation_pairs_are_fixed_in_order_and_as_many_as_asked_for():
         plan = utils.evaluation_plan(LABELS, 4, True, pairs)
         assert plan.index.dtype == plan.shift.dtype == np.int32
         assert same(plan, utils.evaluation_plan(LABELS, 4, True, pairs))
-        assert np.array_equal(plan.index[:, 0], np.repeat(np.arange(3000), pairs))
+        assert np.array_equal(plan.index[:, 0], np.tile(np.arange(3000), pairs))
+        assert same(plan.take(slice(3000)), utils.evaluation_plan(LABELS, 4, True))
         assert np.all(LABELS[plan.index[:, 0]] != LABELS[plan.index[:, 1]])
         assert plan.shift.shape == (3000 * pairs, 2, 2)
         assert (plan.shift.min(), plan.shift.max()) == (-4, 4)
