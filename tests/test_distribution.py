@@ -170,14 +170,14 @@ def checkpoint(folder, step):
             if name.startswith(("weights", "optimizer"))}
 
 
-def test_two_workers_of_which_one_is_killed_go_on_and_end_as_if_nothing_had_happened(tmp_path):
+def test_two_workers_whose_chief_is_killed_go_on_and_end_as_if_nothing_had_happened(tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     cluster = Cluster(cut, 2, "--train", *SMALL)
     cluster.wait_for_checkpoint(cut)
-    cluster.workers[1].kill()
+    cluster.workers[0].kill()
     killed = time.monotonic()
     other = Cluster(whole, 2, "--train", *SMALL)
-    (code, _, said), (victim, *_) = cluster.ends()
+    (victim, *_), (code, _, said) = cluster.ends()
     assert time.monotonic() - killed < 60
     assert (code, victim) == (1, -signal.SIGKILL)
     assert said == ("main.py: another worker stopped or cannot be reached; start all workers again,"
@@ -200,25 +200,15 @@ def test_two_workers_of_which_one_is_killed_go_on_and_end_as_if_nothing_had_happ
     result = json.loads((cut / "logs/mnist/test.json").read_text())
     assert result["images"] == 10_000 and f"{result['wrong']} of 10000 wrong" in out
 
-
-def test_of_three_workers_a_killed_chief_and_a_signal_to_another_stop_all(tmp_path):
-    words = ["--train", *SMALL, "--epoch=100"]  # 1200 steps
-    cluster = Cluster(tmp_path, 3, *words)
-    cluster.wait_for_checkpoint(tmp_path)
-    cluster.workers[0].kill()
-    _, *others = cluster.ends(60)
-    for code, _, said in others:
-        assert code == 1 and said.startswith("main.py: another worker stopped or cannot be reached")
-        assert said.count("\n") == 1
-    before = model.saved_steps(tmp_path / "checkpoint/mnist")[0]
-    cluster = Cluster(tmp_path, 2, *words)  # another number of workers may go on
+    # Another number of workers may go on, and a signal to any one stops all.
+    cluster = Cluster(whole, 3, "--train", *SMALL, "--epoch=100")
     for line in cluster.workers[0].stdout:
         if line.startswith("Epoch"):
             break
     cluster.workers[1].send_signal(signal.SIGTERM)
     for code, _, said in cluster.ends():
         assert (code, said) == (143, "Stopped, and saved. To go on: the same command again.\n")
-    assert before < model.saved_steps(tmp_path / "checkpoint/mnist")[0] < 1200
+    assert 36 < model.saved_steps(whole / "checkpoint/mnist")[0] < 1200
 
 
 def test_workers_with_different_flags_all_stop_before_they_train(tmp_path):
