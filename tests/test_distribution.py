@@ -193,7 +193,9 @@ def test_two_workers_whose_chief_is_killed_go_on_and_end_as_if_nothing_had_happe
     assert len(out1.splitlines()) == 1  # that it waited: only the chief speaks
     one, other = checkpoint(whole, 36), checkpoint(cut, 36)
     assert len(one) > 30 and all(np.array_equal(one[name], other[name]) for name in one)
-    assert events(cut / "logs/mnist") == events(whole / "logs/mnist")
+    logged = [{name: value for name, value in events(folder / "logs/mnist").items()
+               if name[0] == "train"} for folder in (cut, whole)]
+    assert len(logged[0]) > 4 and logged[0] == logged[1]
     files = [sorted(path.name for path in (folder / "logs/mnist/train").iterdir())
              for folder in (cut, whole)]
     assert len(files[1]) == 1  # only the chief writes
