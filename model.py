@@ -541,15 +541,19 @@ def replacing_events(folder, name, step):
         path.unlink()
 
 
+def _write_scalars(total, margin, reconstruction, accuracy):
+    tf.summary.scalar("loss/total", total)
+    tf.summary.scalar("loss/margin", margin)
+    tf.summary.scalar("loss/reconstruction", reconstruction)
+    tf.summary.scalar("accuracy", accuracy)
+
+
 def summarize(data, found, total, path=None):
     """Summaries of what `evaluate` found: losses, confusion matrix, lengths of each class's capsule.
 
     The confusion matrix goes to the file `path` too.
     """
-    tf.summary.scalar("loss/total", total)
-    tf.summary.scalar("loss/margin", found["margin_loss"])
-    tf.summary.scalar("loss/reconstruction", found["reconstruction_loss"])
-    tf.summary.scalar("accuracy", found["accuracy"])
+    _write_scalars(total, found["margin_loss"], found["reconstruction_loss"], found["accuracy"])
     if not data.overlap:
         matrix = utils.confusion_matrix(
             found["labels"][:, 0], found["predictions"][:, 0], len(data.class_names))
@@ -1063,10 +1067,7 @@ class Trainer:
         how = self.how
         rate = how.learning_rate * how.decay_rate ** ((step - 1) / how.decay_steps)
         with self._writers["train"].as_default(step=step):
-            tf.summary.scalar("loss/total", self._total(margin, reconstruction))
-            tf.summary.scalar("loss/margin", margin)
-            tf.summary.scalar("loss/reconstruction", reconstruction)
-            tf.summary.scalar("accuracy", accuracy)
+            _write_scalars(self._total(margin, reconstruction), margin, reconstruction, accuracy)
             tf.summary.scalar("learning_rate", rate)
 
     def _total(self, margin, reconstruction):

@@ -677,17 +677,18 @@ def save_sweep(path, images, deltas, class_names_of_rows):
     """
     dims, steps = images.shape[0], images.shape[2]
     note = "one column a dimension of the capsule, the other dimensions as the network found them"
-    frames = []
-    for step in [*range(steps), *range(steps - 2, 0, -1)]:
+    pages = []
+    for step in range(steps):
         title = f"Every dimension of the digit capsules, changed by {_signed(deltas[step])}"
         tiles = images[:, :, step].swapaxes(0, 1)
         page = Image.fromarray(_save_examples(
             None, title, note, [((), tiles)], 1, [str(i) for i in range(dims)],
             class_names_of_rows))
-        frames.append(page.reduce(2).quantize(64))
+        pages.append(page.reduce(2).quantize(64))
+    back = pages[-2:0:-1]
     with atomic_path(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=120)
+        pages[0].save(temporary, "GIF", save_all=True, append_images=[*pages[1:], *back], loop=0,
+                      duration=120)
 
 
 def save_learning_curves(path, curves, steps_per_epoch):

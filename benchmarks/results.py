@@ -30,13 +30,12 @@ def rows(results):
             run["error_percent"] for run in item[1])):
         runs.sort(key=lambda run: run["seed"])
         errors = [run["error_percent"] for run in runs]
-        spread = f" ± {statistics.stdev(errors):.3f}" if len(runs) > 1 else ""
+        error = (f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}" if len(runs) > 1
+                 else f"{errors[0]:.2f}")
         minutes = [run["training_seconds"] / 60 for run in runs if run["training_seconds"]]
         yield [f"`{command}`", ", ".join(str(run["seed"]) for run in runs),
                ", ".join(f"{run['wrong']:,}" for run in runs) + f" of {runs[0]['images']:,}",
-               f"{statistics.mean(errors):.2f}{spread}" if len(runs) == 1
-               else f"{statistics.mean(errors):.3f}{spread}",
-               ", ".join(f"{m:.0f}" for m in minutes),
+               error, ", ".join(f"{m:.0f}" for m in minutes),
                ", ".join(sorted({run["date"][:10] for run in runs}))]
 
 

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import table1
 import trial
 from PIL import Image
 
@@ -183,9 +182,9 @@ def main(argv=None):
     parser.add_argument("--accuracy", type=float, default=99.23,
                         help="percent of held-out digits at which training stops (default 99.23, the "
                         "paper's)")
-    parser.add_argument("--epochs", type=table1.positive, default=20,
+    parser.add_argument("--epochs", type=trial.positive, default=20,
                         help="after which it stops in any case (default 20)")
-    parser.add_argument("--train_size", type=table1.positive, help="only the first N images")
+    parser.add_argument("--train_size", type=trial.positive, help="only the first N images")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
     parser.add_argument("--output", default="runs/affine", help="folder (default runs/affine)")
     flags = parser.parse_args(argv)

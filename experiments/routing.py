@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import table1
 import trial
 
 import utils
@@ -74,7 +73,7 @@ def main(argv=None):
                         "without it the weights that come with the program")
     parser.add_argument("--output", default="runs/routing", help="folder (default runs/routing)")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
-    parser.add_argument("--images", type=table1.positive, default=10_000, help="test images, the first so many")
+    parser.add_argument("--images", type=trial.positive, default=10_000, help="test images, the first so many")
     flags = parser.parse_args(argv)
     return trial.report_errors("routing.py", lambda: watch(flags))
 

@@ -115,20 +115,14 @@ def rows(text):
     return text.split(",")
 
 
-def positive(text):
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
-    return int(text)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=rows, help=f"some of {','.join(ROWS)} (default: all that the "
                         "paper has)")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="default 0,1,2")
-    parser.add_argument("--epochs", type=positive, default=10, help="default 10")
+    parser.add_argument("--epochs", type=trial.positive, default=10, help="default 10")
     parser.add_argument("--dataset", choices=("MNIST", "multi_MNIST"), default="MNIST")
-    parser.add_argument("--train_size", type=positive, help="only the first N training images")
+    parser.add_argument("--train_size", type=trial.positive, help="only the first N training images")
     parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
     parser.add_argument("--output", default="runs/table1", help="folder (default runs/table1)")
     flags = parser.parse_args(argv)

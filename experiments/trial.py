@@ -1,9 +1,11 @@
 """One training and test of a network of an experiment, which goes on where it was stopped."""
 
+import argparse
 import datetime
 import hashlib
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
+
+
+def positive(text):
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+    return int(text)
 
 
 def start():
