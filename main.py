@@ -33,6 +33,10 @@ from absl import flags
 import utils
 from utils import UserError
 
+# The authors' public code: 300,000 steps, the margin loss halved and averaged over ten classes too.
+AUTHORS = {"epoch": 640, "batch_size": 128, "decay_rate": 0.96, "decay_steps": 2000,
+           "reconstruction_weight": 0.01, "averaging": 0.0, "initialization": "authors"}
+
 # Flags by purpose: name, default, bounds (or choices), help. The type is that of the default.
 FLAGS = {
     "Modes (at least one; they run in this order)": [
@@ -110,9 +114,6 @@ FLAGS = {
         ("logdir", "logs", None, "of TensorBoard events and test.json"),
     ],
 }
-# The authors' public code: 300,000 steps, the margin loss halved and averaged over ten classes too.
-AUTHORS = {"epoch": 640, "batch_size": 128, "decay_rate": 0.96, "decay_steps": 2000,
-           "reconstruction_weight": 0.01, "averaging": 0.0, "initialization": "authors"}
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 GRID_IMAGES = 64
 WORKERS_SECONDS = 600
@@ -172,10 +173,10 @@ def parse(argv):
                              f"{bounds[1]:g}")
         if isinstance(default, str) and default and not value:
             raise UsageError(f"--{name} is empty, expected a name")
-    if values.recipe == "authors":
-        for name, value in AUTHORS.items():
-            if not values[name].present:
-                setattr(values, name, value)
+    others = AUTHORS if values.recipe == "authors" else {}
+    for name, value in others.items():
+        if not values[name].present:
+            setattr(values, name, value)
     if values.dataset not in utils.CLASS_NAMES and not (
             values.dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(values.dataset))):
         raise UsageError(f"--dataset={values.dataset} is unknown, expected one of "
@@ -304,10 +305,15 @@ class Run:
             tf.config.experimental.enable_op_determinism()
         self.strategy = model.choose_strategy(values.strategy, waiting_for_workers())
         self.chief = model.is_chief(self.strategy)
-        self.dataset = utils.load_dataset(values.dataset, values.data_dir)
+        data_dir = values.data_dir
+        if not values["data_dir"].present and not os.path.isdir(data_dir):
+            data_dir = Path(__file__).parent / data_dir  # this program's, from wherever it is called
+        self.dataset = utils.load_dataset(values.dataset, data_dir)
         overlap = values.multi_MNIST
         margin = 4 if overlap else 0  # section 6
         self.name = "multi_" * overlap + self.dataset.name
+        if values.train_size >= len(self.dataset.x_train):
+            values.train_size = 0  # all: no other run than one without this flag
         size = values.train_size or None
         self.train_data = model.Data(
             self.dataset.x_train[:size], self.dataset.y_train[:size], margin,
@@ -321,7 +327,7 @@ class Run:
         if values.pretrained:  # not among the figures of a run of the user's own
             self.folders = self.folders._replace(
                 logs=Path(values.logdir) / f"{self.name}_pretrained")
-        conv = {"auto": "direct" if gpu else "dft"}.get(values.conv, values.conv)
+        conv = model.fastest_conv() if values.conv == "auto" else values.conv
         self.jit = values.jit == "on" or (values.jit == "auto" and (gpu or conv == "dft"))
         shape, classes = self.train_data.canvas_shape(), len(self.dataset.class_names)
         network = (values.n_conv, values.n_primary, values.primary_dim, values.digit_dim)
@@ -420,7 +426,7 @@ def train(run):
             texts={"flags": flag_table(values), "command": shlex.join(run.argv)})
     if not trained:
         done = trainer.step // trainer.steps_per_epoch
-        print(f"This run is finished: {done} epochs in {run.folders.checkpoint}. To train longer: "
+        print(f"This run is finished: {done} epoch{'s' * (done > 1)} in {run.folders.checkpoint}. To train longer: "
               f"--epoch={done + 10}; to begin anew: --restart.")
         if run.chief and not (Path(values.sample_dir) / "learning_curve.png").exists():
             draw_learning_curves(run, trainer.steps_per_epoch)
@@ -526,7 +532,8 @@ def test(run):
     }
     digits = f" (both digits right; of single digits {100 * hit.mean():.2f}%)"
     print(f"Test accuracy {100 * found['accuracy']:.2f}%{digits * data.overlap}, error "
-          f"{result['error_percent']:.2f}%, {wrong} of {len(correct)} wrong")
+          f"{result['error_percent']:.2f}%, {wrong} of {len(correct)} "
+          f"{'pairs ' * data.overlap}wrong")
     print(f"Margin loss {found['margin_loss']:.5f}, reconstruction loss "
           f"{found['reconstruction_loss']:.3f}, total {total:.5f}; "
           f"{result['images_per_second']:.0f} images/s")
@@ -542,8 +549,8 @@ def test(run):
     else:
         written += [samples / "confusion_matrix.png", samples / "misclassified.png"]
         utils.save_misclassified(
-            written[2], data.images[plan.index[:, 0]][~correct], labels[~correct, 0],
-            predictions[~correct, 0], found["lengths"][~correct], names)
+            written[2], data.images[plan.index[:, 0]][~correct], plan.index[~correct, 0],
+            labels[~correct, 0], predictions[~correct, 0], found["lengths"][~correct], names)
     say_written(written)
 
 
@@ -551,9 +558,11 @@ def save_multi_sheet(run, plan, found):
     """Figure 5 of the paper: of the first pairs some right ones, then some wrong ones."""
     right, wrong = (np.flatnonzero(found["correct"] == value) for value in (True, False))
     chosen = np.concatenate([right[:14], wrong[:6]])
+    title = (f"Overlapping digits: {len(wrong):,} of {len(found['correct']):,} pairs wrong; the first "
+             f"{len(right[:14])} right ones, then the first {len(wrong[:6])} wrong ones")
     seen = examine(run, run.test_data, chosen, plan)
     path = Path(run.flags.sample_dir) / "multi_MNIST.png"
-    utils.save_multi(path, seen["canvas"], seen["without_label"], found["labels"][chosen],
+    utils.save_multi(path, title, seen["canvas"], seen["without_label"], found["labels"][chosen],
                      found["predictions"][chosen], run.dataset.class_names)
     return path
 
@@ -607,6 +616,9 @@ def matching_files(pattern):
     path = os.path.expanduser(pattern)
     found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
     files = [path for path in found if os.path.isfile(path)]
+    if os.path.isdir(path):
+        raise UserError(f"--predict={pattern} is a folder, expected image files; give a quoted pattern, "
+                        f"such as '{os.path.join(pattern, '*')}'")
     if not files:
         raise UserError(f"--predict={pattern} matches no file, expected image files; quote a "
                         "pattern, and ** stands for folders in folders")
@@ -648,8 +660,10 @@ def predict(run):
             print(f"{kept[number]} ({texts[number]}): "
                   + ", ".join(f"{name}: {value:.3f}" for name, value in best))
             rows.append([kept[number], texts[number], *(cell for pair in best for cell in pair)])
-            captions.append([os.path.basename(kept[number]),
-                             "  ".join(f"{name}: {value:.2f}" for name, value in best)])
+            lines = [f"{name}: {value:.2f}" for name, value in best]
+            if max(map(len, names)) < 4:  # short names have place beside each other
+                lines = ["  ".join(lines)]
+            captions.append([os.path.basename(kept[number]), *lines])
     if rows:
         folder = Path(run.flags.sample_dir)
         heads = [f"{what}_{n}" for n in range(1, 1 + min(3, len(names))) for what in

@@ -60,7 +60,8 @@ def write_json(path, obj):
 
 def write_csv(path, head, rows):
     """Writes a table with the names of its columns. Raises UserError like atomic_path."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(
+            temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([head, *rows])
 
 
@@ -228,8 +229,9 @@ def _read_npz(path):
                             "(N, H, W), (N, H, W, 1) or (N, H, W, 3), N at least 1")
         if images.dtype != np.uint8:
             if images.dtype.kind != "f" or not 0 <= images.min() <= images.max() <= 1:
-                raise UserError(f"{path}: x_{split} is {images.dtype}, expected uint8, or floats "
-                                "from 0 to 1")
+                span = "" if images.dtype.kind != "f" else f" from {images.min()} to {images.max()}"
+                raise UserError(f"{path}: x_{split} is {images.dtype}{span}, expected uint8, or "
+                                "floats from 0 to 1; divide them by their largest value")
             images = _to_uint8(images)
         if labels.shape in ((len(images), 1), (len(images),)):
             labels = labels.reshape(-1)
@@ -265,7 +267,7 @@ def read_image(path):
                 ground = Image.new("RGBA", image.size, "white" if dark else "black")
                 image = Image.alpha_composite(ground, image)
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); put a good one in its "
                         "place, or take it away") from None
     grey = (pixels == pixels[..., :1]).all()
@@ -304,6 +306,8 @@ def fit_image(image, shape, inverted):
         done.append(f"resized from {image.shape[1]}×{image.shape[0]}")
         color = tuple(_edge_color(image).astype(int).tolist())
         picture = Image.fromarray(np.squeeze(image, -1) if channels == 1 else image)
+        if image.shape[0] * width != image.shape[1] * height:
+            done[-1:-1] = ["filled up at its edges"]
         picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS,
                                color[0] if channels == 1 else color)
         image = np.asarray(picture).reshape(shape)
@@ -329,14 +333,16 @@ def _read_folders(folder):
                 image = read_image(path)
                 size, example = size or image.shape[:2], example or path
                 if image.shape[:2] != size:
-                    raise UserError(f"{path} has {image.shape[0]}×{image.shape[1]} pixels, expected "
-                                    f"{size[0]}×{size[1]} like {example}; resize the images")
+                    raise UserError(f"{path} has {image.shape[1]}×{image.shape[0]} pixels, expected "
+                                    f"{size[1]}×{size[0]} like {example}; resize the images")
                 images.append(image)
                 labels.append(names.index(place.name))
         if not images:
             raise UserError(f"{folder}/{split}: no images, expected files that end in "
                             f"{', '.join(sorted(_IMAGE_SUFFIXES))}")
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = images, np.array(labels, np.int32)
+        order = random_stream(0, 0, f"folder {split}").permutation(len(labels))  # classes mixed
+        arrays[f"x_{split}"] = [images[n] for n in order]
+        arrays[f"y_{split}"] = np.array(labels, np.int32)[order]
     channels = max(image.shape[-1] for key in ("x_train", "x_test") for image in arrays[key])
     for key in ("x_train", "x_test"):
         arrays[key] = np.stack([np.broadcast_to(image, (*size, channels)) for image in arrays[key]])
@@ -622,21 +628,23 @@ def save_confusion_matrix(path, matrix, class_names):
     return sheet.save(path)
 
 
-def save_misclassified(path, images, labels, predictions, scores, class_names):
+def save_misclassified(path, images, numbers, labels, predictions, scores, class_names):
     """Draws the first 64 wrong images with the capsule lengths of true and predicted class.
 
-    Args: images (N, H, W, C), N >= 0, only wrongly classified ones; labels and predictions (N,);
-    scores (N, classes), the lengths of all digit capsules; names by class.
+    Args: images (N, H, W, C), N >= 0, only wrongly classified ones; their numbers in the test set,
+    labels and predictions (N,); scores (N, classes), the lengths of all digit capsules; names by class.
     """
     if not len(images):
         return _Sheet(0, 0, "No image is misclassified", "").save(path)
     examples = []
-    for image, label, prediction, score in zip(images[:64], labels, predictions, scores):
+    for image, number, label, prediction, score in zip(
+            images[:64], numbers, labels, predictions, scores):
         pair = (label, _INK), (prediction, _RED)
         captions = [(f"{class_names[k]}: {score[k]:.2f}", color) for k, color in pair]
-        examples.append((captions, [[image]]))
+        examples.append(([(f"no. {number}", _FAINT), *captions], [[image]]))
     title = f"{len(images):,} misclassified images" + ", the first 64" * (len(images) > 64)
-    note = "capsule lengths of the true class (black) and of the predicted class (red)"
+    note = ("number in the test set, from 0; capsule lengths of the true class (black) and of the "
+            "predicted class (red)")
     return _save_examples(path, title, note, examples, 8)
 
 
@@ -646,7 +654,7 @@ def _signed(number):
 
 def _save_steps(path, title, images, deltas, row_names):
     above = [_signed(delta) for delta in deltas]
-    note = "at 0 the capsule as the network found it"
+    note = "the number above is added; at 0 the capsule as the network found it"
     return _save_examples(path, title, note, [((), images)], 1, above, row_names)
 
 
@@ -656,7 +664,7 @@ def save_tweak(path, images, deltas, dimension, class_names_of_rows):
     Args: images (digits, steps, H, W, C); deltas (steps,), what was added to the dimension; its
     number, as the title shows it; the class of each row.
     """
-    title = f"Dimension {dimension} of the digit capsules, changed by"
+    title = f"Dimension {dimension} of the longest capsule of each image, changed"
     return _save_steps(path, title, images, deltas, class_names_of_rows)
 
 
@@ -665,8 +673,8 @@ def save_tweak_overview(path, images, deltas, class_name):
 
     Args: images (dims, steps, H, W, C), rows numbered from 0; deltas (steps,); the digit's class.
     """
-    title = f"Each dimension of the capsule of class {class_name}, changed by"
-    return _save_steps(path, title, images, deltas, [str(i) for i in range(len(images))])
+    title = f"Each dimension of the capsule of class {class_name}, changed"
+    return _save_steps(path, title, images, deltas, [f"dim {i}" for i in range(len(images))])
 
 
 def save_sweep(path, images, deltas, class_names_of_rows):
@@ -679,7 +687,7 @@ def save_sweep(path, images, deltas, class_names_of_rows):
     note = "one column a dimension of the capsule, the other dimensions as the network found them"
     pages = []
     for step in range(steps):
-        title = f"Every dimension of the digit capsules, changed by {_signed(deltas[step])}"
+        title = f"Every dimension of the longest capsules, changed by {_signed(deltas[step])}"
         tiles = images[:, :, step].swapaxes(0, 1)
         page = Image.fromarray(_save_examples(
             None, title, note, [((), tiles)], 1, [str(i) for i in range(dims)],
@@ -691,23 +699,50 @@ def save_sweep(path, images, deltas, class_names_of_rows):
                       duration=120)
 
 
+LINE_COLORS = "#20639b", "#c0392b"
+
+
+def new_figure(panels, width=7, **kwargs):
+    """A Matplotlib figure of so many inches, and its panels side by side (arguments: `subplots`)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, 2.8), dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False, **kwargs)[0]
+
+
+def label_panel(panel, title, below=None):
+    """Gives a panel of a figure the look of all: its title, what its horizontal axis shows, a grid."""
+    ink, faint, grey = (np.divide(color, 255) for color in (_INK, _FAINT, _GREY))
+    panel.set_title(title, fontsize=9, fontweight="bold", loc="left", color=ink)
+    panel.set_xlabel(below, fontsize=7)
+    panel.tick_params(which="both", labelsize=6, color=faint)
+    panel.grid(color=grey, lw=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(path, figure):
+    """Writes a Matplotlib figure as PNG. Raises UserError like atomic_path."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def save_learning_curves(path, curves, steps_per_epoch):
     """Draws loss and error over the epochs, one line for training and one for validation.
 
     Args: curves, from the name of a line to {"loss/total" and "accuracy": (steps, values)}; lines of
-    more than 100 points become means of 100 equal parts of the steps.
+    more than 100 points become means of at most 100 equal parts of the steps; gaps are values of 0.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    ink, faint, grey = (np.divide(color, 255) for color in (_INK, _FAINT, _GREY))
-    figure = Figure((7, 2.8), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(1, 2)
-    for (name, scalars), color in zip(curves.items(), ("#20639b", "#c0392b")):
+    figure, panels = new_figure(2)
+    for (name, scalars), color in zip(curves.items(), LINE_COLORS):
         for panel, tag in zip(panels, ("loss/total", "accuracy")):
-            parts = [np.array_split(a, min(len(a), 100)) for a in map(np.asarray, scalars[tag])]
-            epochs, values = ([np.mean(part) for part in whole] for whole in parts)
-            shown = 100 * (1 - np.array(values)) if tag == "accuracy" else values
+            size = math.ceil(len(scalars[tag][0]) / 100)
+            starts = range(0, len(scalars[tag][0]), size)
+            epochs, values = ([np.mean(a[n:n + size]) for n in starts] for a in scalars[tag])
+            shown = 100 * (1 - np.array(values)) if tag == "accuracy" else np.array(values)
+            shown[shown <= 0] = np.nan  # no error at all has no place on a logarithmic axis
             panel.plot(np.array(epochs) / steps_per_epoch, shown, color=color, label=name, lw=1.2,
                        marker="o" if len(epochs) < 60 else None, ms=2.5)
     for panel, title in zip(panels, ("Total loss", "Error, % of images")):
@@ -715,20 +750,15 @@ def save_learning_curves(path, curves, steps_per_epoch):
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.yaxis.set_minor_formatter("{x:g}")
-        panel.set_title(title, fontsize=9, fontweight="bold", loc="left", color=ink)
-        panel.set_xlabel("epoch", fontsize=7)
-        panel.tick_params(which="both", labelsize=6, color=faint)
-        panel.grid(color=grey, lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        label_panel(panel, title, "epoch")
     panels[0].legend(fontsize=7, frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(path, figure)
 
 
 def save_predictions(path, images, reconstructions, captions):
     """Draws the first 40 images beside what the network sees in them, N >= 1.
 
-    Args: images (N, H, W, C); reconstructions (N, H, W, C); captions, two lines of each.
+    Args: images (N, H, W, C); reconstructions (N, H, W, C); captions, the lines of each, as many.
     """
     examples = [([(line, _INK) for line in lines], [pair])
                 for *pair, lines in zip(images[:40], reconstructions, captions)]
@@ -737,7 +767,7 @@ def save_predictions(path, images, reconstructions, captions):
     return _save_examples(path, title, note, examples, 5)
 
 
-def save_multi(path, inputs, reconstructions, labels, predictions, class_names):
+def save_multi(path, title, inputs, reconstructions, labels, predictions, class_names):
     """Draws the first 20 MultiMNIST examples, N >= 1, a column each, like the paper's figure 5.
 
     Args: inputs (N, H, W, C); reconstructions (N, 2, H, W, C) of the predicted digits in the order
@@ -757,4 +787,4 @@ def save_multi(path, inputs, reconstructions, labels, predictions, class_names):
         examples.append(([(text, color) for text in captions], tiles))
     note = "L: the label; R: the two longest capsules, reconstructed (first red, second green)"
     before = "input", "both", "first", "second"
-    return _save_examples(path, "Overlapping digits told apart", note, examples, 10, before=before)
+    return _save_examples(path, title, note, examples, 10, before=before)

@@ -7,14 +7,15 @@ import tensorflow as tf
 import ops
 
 # Convolutions (filters, kernel size, whether 2×2 max-pooling follows), all with stride 1 and the same
-# padding, so that the numbers of parameters are the paper's; then widths of the hidden layers.
+# padding, so that the numbers of parameters are the paper's; widths of the hidden layers; and the share
+# of the last one that is dropped out in training.
 ARCHITECTURES = {
-    "mnist": (((256, 5, False), (256, 5, False), (128, 5, False)), (328, 192)),  # section 5: 35.4M
-    "multi": (((512, 9, True), (256, 5, True)), (1024,)),  # section 6: 24.56M
+    # section 5: 35.4M
+    "mnist": (((256, 5, False), (256, 5, False), (128, 5, False)), (328, 192), 0.5),
+    "multi": (((512, 9, True), (256, 5, True)), (1024,), 0.0),  # section 6.1: 24.56M, no dropout
     # Section 5.2 says max-pooling, dropout and about as many parameters as the CapsNet has.
-    "affine": (((256, 5, True), (256, 5, True), (128, 5, False)), (720,)),
+    "affine": (((256, 5, True), (256, 5, True), (128, 5, False)), (720,), 0.5),
 }
-DROPOUT = 0.5
 
 
 @ops.register
@@ -33,9 +34,10 @@ class CNN(keras.Model):
     def __init__(self, image_shape, n_classes, architecture, digits=1, conv="direct", seed=0,
                  **kwargs):
         super().__init__(**kwargs)
-        convolutions, widths = ARCHITECTURES[architecture]
+        convolutions, widths, self.dropout = ARCHITECTURES[architecture]
         self.settings = {"image_shape": tuple(image_shape), "n_classes": n_classes,
-                         "architecture": architecture, "digits": digits, "conv": conv}
+                         "architecture": architecture, "digits": digits, "conv": conv,
+                         "layers": ARCHITECTURES[architecture]}
         self.digits, self.seed = digits, seed
         self.pooled = [pooled for *_, pooled in convolutions]
         rows, columns, channels = image_shape
@@ -76,9 +78,9 @@ class CNN(keras.Model):
         x = tf.reshape(x, (-1, int(np.prod(x.shape[1:]))))
         for layer in self.hidden[:-1]:
             x = layer(x)
-        if step is not None:
-            kept = tf.random.stateless_uniform(tf.shape(x), tf.stack([self.seed, step])) >= DROPOUT
-            x = tf.where(kept, x / (1 - DROPOUT), 0.0)
+        if step is not None and self.dropout:
+            dice = tf.random.stateless_uniform(tf.shape(x), tf.stack([self.seed, step]))
+            x = tf.where(dice >= self.dropout, x / (1 - self.dropout), 0.0)
         return self.hidden[-1](x)
 
     def call(self, images):
@@ -111,4 +113,5 @@ class CNN(keras.Model):
         }
 
     def get_config(self):
-        return super().get_config() | self.settings | {"seed": self.seed}
+        settings = {name: value for name, value in self.settings.items() if name != "layers"}
+        return super().get_config() | settings | {"seed": self.seed}

@@ -46,23 +46,16 @@ def measure(u_hat, iterations):
 
 
 def draw(path, changes, entropies, classes):
-    from matplotlib.figure import Figure
-
-    figure = Figure((7, 2.8), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = utils.new_figure(2)
+    first, second = utils.LINE_COLORS
     numbers = np.arange(1, len(changes) + 1)
-    left.semilogy(numbers, changes, "o-", color="#20639b", ms=3)
-    left.set_title("Mean change of a routing logit", fontsize=9, fontweight="bold", loc="left")
-    right.plot(numbers, entropies, "o-", color="#c0392b", ms=3)
-    right.axhline(np.log2(classes), color="#b0b0b0", lw=0.8, ls="--")
-    right.set_title("Entropy of the couplings, bits", fontsize=9, fontweight="bold", loc="left")
-    for panel in (left, right):
-        panel.set_xlabel("iteration", fontsize=7)
-        panel.tick_params(which="both", labelsize=6)
-        panel.grid(color="#e4e6e8", lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    left.plot(numbers, changes, "o-", color=first, ms=3)
+    utils.label_panel(left, "Mean change of a routing logit", "iteration")
+    right.plot(numbers, entropies, "o-", color=second, ms=3)
+    right.axhline(np.log2(classes), color="#b0b0b0", lw=0.8, ls="--", label="all couplings equal")
+    right.legend(fontsize=7, frameon=False)
+    utils.label_panel(right, "Entropy of the couplings, bits", "iteration")
+    utils.save_figure(path, figure)
 
 
 def main(argv=None):
@@ -84,9 +77,12 @@ def watch(flags):
 
     mnist = utils.load_dataset("mnist", flags.data_dir)
     images = mnist.x_test[: flags.images]
-    network = model.CapsNet(images.shape[1:], 10, conv="dft")
+    network = model.CapsNet(images.shape[1:], 10, conv=model.fastest_conv())
     if flags.checkpoint:
         facts = model.load_weights(network, flags.checkpoint, print)
+        if (trained := facts["training"].get("dataset", "mnist")) != "mnist":
+            raise utils.UserError(f"{flags.checkpoint} was trained on {trained}, expected a network of "
+                                  "MNIST; give its folder")
     else:
         facts = model.load_pretrained(network, trial.ROOT / "pretrained" / "mnist")
     totals = np.zeros((2, flags.iterations))

@@ -31,7 +31,7 @@ ROWS = {
 
 def run_row(row, seed, flags):
     """The result of one training; see `trial.run`."""
-    tf, model = trial.start()
+    _, model = trial.start()
     from cnn import CNN
 
     mnist = utils.load_dataset("mnist", flags.data_dir)
@@ -41,17 +41,20 @@ def run_row(row, seed, flags):
                             4 if overlap else 2, overlap)
     test_data = model.Data(mnist.x_test, mnist.y_test, margin, margin, overlap)
     shape = train_data.canvas_shape()
-    conv = "direct" if tf.config.list_physical_devices("GPU") else "dft"
     _, iterations, reconstructs, *_ = ROWS[row]
 
     def make():
         if row == "cnn":
-            return CNN(shape, 10, "multi" if overlap else "mnist", 1 + overlap, conv, seed)
-        return model.CapsNet(shape, 10, routing_iterations=iterations, conv=conv)
+            return CNN(shape, 10, "multi" if overlap else "mnist", 1 + overlap,
+                       model.fastest_conv(), seed)
+        return model.CapsNet(shape, 10, routing_iterations=iterations,
+                             conv=model.fastest_conv())
 
-    how = model.Training(seed=seed, reconstruction_weight=0.0005 if reconstructs else 0.0)
+    # However few epochs: the rate falls as far as the defaults let it fall in ten.
+    how = model.Training(seed=seed, decay_steps=100 * flags.epochs,
+                         reconstruction_weight=0.0005 if reconstructs else 0.0)
     folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
-    return trial.run(folder, make, train_data, test_data, how, flags.epochs)
+    return trial.run(folder, make, train_data, test_data, how, flags.epochs)[0]
 
 
 def table(results, dataset):
@@ -76,48 +79,40 @@ def table(results, dataset):
 
 def draw(path, results, dataset):
     """Errors here and in the paper as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((6, 2.8), dpi=200, layout="constrained")
-    panel = figure.subplots()
+    figure, (panel,) = utils.new_figure(1, width=6)
+    here, there = "here", "the paper"  # each in the legend once
     for place, (row, outcomes) in enumerate(results.items()):
         errors = [outcome["error_percent"] for outcome in outcomes]
         spread = statistics.stdev(errors) if len(errors) > 1 else None
-        panel.bar(place - 0.2, statistics.mean(errors), 0.36, yerr=spread, color="#20639b",
-                  label="here" if place == 0 else None)
+        panel.bar(place - 0.2, statistics.mean(errors), 0.36, yerr=spread,
+                  color=utils.LINE_COLORS[0],
+                  label=here)
+        here = None
         paper = ROWS[row][3 + (dataset == "multi_MNIST")]
         if paper != "–":
-            panel.bar(place + 0.2, float(paper.split()[0]), 0.36, color="#b0b0b0",
-                      label="the paper" if place == 0 else None)
+            panel.bar(place + 0.2, float(paper.split()[0]), 0.36, color="#b0b0b0", label=there)
+            there = None
     names = [f"CapsNet, routing {row[0]},\n{'with' if 'yes' in row else 'no'} reconstruction"
              if row != "cnn" else "Baseline CNN" for row in results]
-    panel.set_xticks(range(len(names)), names, fontsize=6)
     epochs = next(iter(results.values()))[0]["epochs"]
-    panel.set_title(f"Test error on {dataset}, %, after {epochs} epochs here", fontsize=9,
-                    fontweight="bold", loc="left")
-    panel.tick_params(axis="y", labelsize=6)
-    panel.spines[["top", "right"]].set_visible(False)
+    utils.label_panel(panel, f"Test error on {dataset}, %, after {epochs} epochs here")
+    panel.set_xticks(range(len(names)), names)
+    panel.grid(visible=False, axis="x")
     panel.legend(fontsize=7, frameon=False)
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    utils.save_figure(path, figure)
 
 
 def numbers(text):
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 0,1,2")
-    return [int(word) for word in text.split(",")]
-
-
-def rows(text):
-    unknown = [word for word in text.split(",") if word not in ROWS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}, expected some of {','.join(ROWS)}")
-    return text.split(",")
+    found = [int(word) for word in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
+    if not found or len(set(found)) < len(found) or max(found) >= 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected different numbers below {2**31:,}, such as 0,1,2")
+    return found
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=rows, help=f"some of {','.join(ROWS)} (default: all that the "
+    parser.add_argument("--rows", type=trial.some_of(ROWS), help=f"some of {','.join(ROWS)} (default: all that the "
                         "paper has)")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="default 0,1,2")
     parser.add_argument("--epochs", type=trial.positive, default=10, help="default 10")

@@ -1,7 +1,9 @@
 """One training and test of a network of an experiment, which goes on where it was stopped."""
 
 import argparse
+import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import platform
@@ -23,11 +25,32 @@ def positive(text):
     return int(text)
 
 
+def some_of(names):
+    """The type of a flag that takes some of these names, with commas between them."""
+
+    def parse(text):
+        words = text.split(",")
+        if set(words) - set(names) or len(set(words)) < len(words):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected some of {','.join(names)}, each once")
+        return words
+
+    return parse
+
+
+@functools.cache
+def commit():
+    """The commit of the program when it began."""
+    import main
+
+    return main.commit()
+
+
 def start():
     """Import TensorFlow as main.py does: big buffers kept, remarks kept off the terminal."""
     utils.keep_big_buffers()
     import main
 
+    commit()
     with main.without_remarks():
         import tensorflow as tf
 
@@ -42,7 +65,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     """Train a network and test it; what was done before is not done again.
 
     Args:
-        folder: keeps checkpoints and events while it trains, and `result.json`.
+        folder: where to, but for an ending: trainings that differ in anything never share one.
         make: function of no arguments -> network.
         train_data, test_data: model.Data.
         how: model.Training.
@@ -52,8 +75,8 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
             at the end of an epoch, training stops; or None.
 
     Returns:
-        dict: accuracy, wrong, images, epochs, seconds of training, parameters, and what it was; the
-        weights are in `folder`/checkpoint.
+        dict: accuracy, wrong, images, epochs, seconds of training, parameters, and what it was; and
+        the folder, in which are checkpoint/ (the weights), logs/ and result.json (that dict).
 
     Raises:
         utils.UserError, model.Interrupted: as the Trainer.
@@ -61,25 +84,27 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     tf, model = start()
     import main
 
-    folder = Path(folder)
     digest = hashlib.sha256()
     for data in (train_data, test_data):
         digest.update(np.ascontiguousarray(data.images))
         digest.update(np.ascontiguousarray(data.labels))
         digest.update(repr(data[2:]).encode())
+    for part in plan or ():
+        digest.update(np.ascontiguousarray(part))
     digest = digest.hexdigest()[:16]
     tf.keras.utils.set_random_seed(how.seed)
     network = make()
     wanted = json.loads(json.dumps({
         "network": model.shape_of(network), "training": how._asdict(), "epochs": epochs,
         "until": until and until[0], "data": digest}))
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(f"{folder}_{key}")
     result = folder / "result.json"
     if result.exists():
-        old = json.loads(result.read_text())
-        if {name: old.get(name) for name in wanted} == wanted:
-            return old
+        return json.loads(result.read_text()), folder
     folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
-    with main.Display() as display:
+    reached = None
+    with main.Display() as display, other_remedy(folder):
         trainer = model.Trainer(network, train_data, None, how, folders, {"data": digest},
                                 report=display.report)
         if until:
@@ -91,22 +116,37 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
                 with trainer.averaged():
                     reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
                 display.report(f"Held-out accuracy after epoch {epoch}: {100 * reached:.2f}%")
-                if reached >= enough:
+                if reached > enough - 1e-9:  # 99.23 / 100 is a little more than 9923 / 10000
                     break
     model.load_weights(network, folders.checkpoint, print)
     found = model.evaluate(model.compile_forward(network, test_data, True), test_data,
                            test_data.evaluation_plan() if plan is None else plan)
     wrong = int((~found["correct"]).sum())
+    # What has no part in the loss is not trained, and not counted.
+    unused = 0 if how.reconstruction_weight or not hasattr(network, "decoder") else (
+        network.decoder.count_params())
     outcome = wanted | {
         "accuracy": found["accuracy"], "error_percent": 100 * wrong / len(found["correct"]),
         "wrong": wrong, "images": len(found["correct"]), "trained_epochs": epoch,
+        "held_out_accuracy": reached,
         "training_seconds": model.read_scalars(folders.logs / "train")[1],
-        "parameters": network.count_params(), "machine": main.machine(), "commit": main.commit(),
+        "parameters": network.count_params() - unused, "machine": main.machine(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
     }
     utils.write_json(result, outcome)
-    return outcome
+    return outcome, folder
+
+
+@contextlib.contextmanager
+def other_remedy(folder):
+    """Errors of the Trainer advise flags of main.py, which an experiment has not."""
+    try:
+        yield
+    except utils.UserError as error:
+        raise utils.UserError(f"{str(error).split(';')[0]}; the same command goes on from what is in "
+                              f"{folder}, without that folder it begins anew") from None
 
 
 def report_errors(program, function):

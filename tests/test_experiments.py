@@ -25,7 +25,7 @@ import trial
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(cnn.ARCHITECTURES, "affine", (((6, 5, True), (4, 4, False)), (9, 7)))
+    monkeypatch.setitem(cnn.ARCHITECTURES, "affine", (((6, 5, True), (4, 4, False)), (9, 7), 0.5))
 
 
 @pytest.mark.parametrize("architecture, side, digits, count", [
@@ -76,6 +76,15 @@ def test_half_of_the_last_hidden_layer_is_dropped_in_training_only_anew_in_every
     assert (seeded.logits(images, step=tf.constant(4)).numpy() != one).any()
 
 
+def test_the_baseline_for_overlapping_digits_drops_nothing_out(monkeypatch):
+    assert cnn.ARCHITECTURES["mnist"][2] == cnn.ARCHITECTURES["affine"][2] == 0.5
+    monkeypatch.setitem(cnn.ARCHITECTURES, "multi", (
+        ((3, 5, True),), (7,), cnn.ARCHITECTURES["multi"][2]))
+    net = cnn.CNN((12, 12, 1), 5, "multi", 2)
+    images = np.random.default_rng(0).random((9, 12, 12, 1), np.float32)
+    np.testing.assert_array_equal(net.logits(images, step=tf.constant(3)), net.logits(images))
+
+
 @pytest.mark.parametrize("digits", [1, 2])
 def test_losses_and_predictions_agree_with_their_formulas(small, digits):
     net = cnn.CNN((12, 12, 1), 5, "affine", digits)
@@ -113,21 +122,62 @@ def corners(n, seed=0):
 def test_a_baseline_learns_stops_when_it_is_good_enough_and_is_not_trained_twice(
         small, tmp_path, monkeypatch, capsys):
     train_data, test_data, held_out = corners(90), corners(30, 1), corners(30, 2)
-    how = model.Training(batch_size=10, learning_rate=0.01)
+    how = model.Training(batch_size=10, learning_rate=0.003)
 
-    def go():
-        return trial.run(tmp_path, lambda: cnn.CNN((12, 12, 1), 3, "affine", conv="dft"), train_data,
-                         test_data, how, 9, until=(0.95, held_out, held_out.evaluation_plan()))
+    def go(enough=0.95):
+        return trial.run(
+            tmp_path / "a", lambda: cnn.CNN((12, 12, 1), 3, "affine", conv="dft"), train_data,
+            test_data, how, 9, until=(enough, held_out, held_out.evaluation_plan()))
 
-    first = go()
+    first, folder = go()
+    assert 0.95 <= first["held_out_accuracy"] == found_by_hand(folder, held_out)
     assert first["accuracy"] > 0.9 and first["trained_epochs"] < 9 and first["images"] == 30
     assert "Held-out accuracy after epoch 1" in capsys.readouterr().out
-    network = cnn.CNN((12, 12, 1), 3, "affine")
-    model.load_weights(network, tmp_path / "checkpoint", print)
-    found = network(test_data.images / np.float32(255)).numpy().argmax(axis=1)
-    assert (found != test_data.labels).sum() == first["wrong"]
+    assert round(30 * (1 - found_by_hand(folder, test_data))) == first["wrong"]
+    less, other = go(0.2)
+    assert less["trained_epochs"] == 1 < first["trained_epochs"] and other != folder
     monkeypatch.setattr(model.Trainer, "fit", None)
-    assert go() == first
+    assert go() == (first, folder) and go(0.2) == (less, other)
+
+
+def found_by_hand(folder, data):
+    network = cnn.CNN((12, 12, 1), 3, "affine")
+    model.load_weights(network, folder / "checkpoint", print)
+    found = network(data.images / np.float32(255)).numpy().argmax(axis=1)
+    return float((found == data.labels).mean())
+
+
+def test_trainings_of_other_lengths_or_networks_do_not_meet_and_a_stopped_one_goes_on(
+        small, tmp_path, monkeypatch):
+    train_data, test_data, fit = corners(30), corners(9, 1), model.Trainer.fit
+
+    def go(epochs, layers=2):
+        monkeypatch.setitem(cnn.ARCHITECTURES, "affine", (((4, 4, False),) * layers, (7,), 0.5))
+        return trial.run(tmp_path / "a", lambda: cnn.CNN((12, 12, 1), 3, "affine"), train_data,
+                         test_data, model.Training(batch_size=10), epochs)
+
+    def fit_and_stop(trainer, *arguments, **more):
+        fit(trainer, 1, **more)
+        raise model.Interrupted(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Trainer, "fit", fit_and_stop)
+        with pytest.raises(model.Interrupted):
+            go(2)
+    longer, folder = go(2)
+    assert model.saved_steps(folder / "checkpoint")[0] == 6 and longer["trained_epochs"] == 2
+    shorter, other = go(1)
+    assert model.saved_steps(other / "checkpoint")[0] == 3 and shorter["trained_epochs"] == 1
+
+    def fail(*_, **__):
+        raise utils.UserError("the loss is not finite at step 3; try a lower --learning_rate")
+
+    monkeypatch.setattr(model.Trainer, "fit", fail)
+    assert go(2)[1] == folder
+    with pytest.raises(utils.UserError, match="not finite at step 3; the same command") as error:
+        go(2, layers=1)
+    assert "--" not in str(error.value) and not any(
+        str(known) in str(error.value) for known in (folder, other))
 
 
 # ---------------------------------------------------------------- table 1
@@ -149,10 +199,43 @@ def test_the_table_has_means_deviations_and_the_papers_column(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("words", [["--rows=2-yes"], ["--seeds=a"], ["--epochs=0"], ["--dataset=x"]])
-def test_wrong_words_are_usage_errors(words, capsys):
+@pytest.mark.parametrize("row, overlap, network, weight", [
+    ("cnn", False, "mnist", 0.0), ("cnn", True, "multi", 0.0), ("1-no", False, 1, 0.0),
+    ("1-yes", False, 1, 0.0005), ("3-no", False, 3, 0.0), ("3-yes", False, 3, 0.0005),
+    ("1-yes", True, 1, 0.0005), ("3-yes", True, 3, 0.0005)])
+def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
+        row, overlap, network, weight, tmp_path, monkeypatch):
+    asked = []
+
+    def run(*arguments):
+        asked.append(arguments)
+        raise utils.UserError("enough")
+
+    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(model, "CapsNet", lambda shape, classes, routing_iterations, conv: (
+        shape, routing_iterations))
+    monkeypatch.setattr(cnn, "CNN", lambda shape, classes, architecture, digits, conv, seed: (
+        shape, architecture) if (digits, seed) == (1 + overlap, 5) else None)
+    dataset = "multi_MNIST" if overlap else "MNIST"
+    assert table1.main([f"--dataset={dataset}", f"--rows={row}", "--seeds=5", "--epochs=3",
+                        f"--output={tmp_path}"]) == 1
+    folder, make, train_data, test_data, how, epochs = asked[0]
+    side = 36 if overlap else 28
+    assert make() == ((side, side, 1), network) and epochs == 3
+    assert (how.seed, how.reconstruction_weight, how.decay_steps) == (5, weight, 300)
+    assert (len(train_data.labels), len(test_data.labels)) == (60000, 10000)
+    assert train_data.max_shift == (4 if overlap else 2) and train_data.overlap == overlap
+    assert test_data.canvas_shape() == (side, side, 1) and test_data.overlap == overlap
+
+
+@pytest.mark.parametrize("program, words", [
+    (table1, "--rows=2-yes"), (table1, "--rows=cnn,cnn"), (table1, "--seeds=a"),
+    (table1, "--seeds=1,1"), (table1, "--seeds=5000000000"), (table1, "--epochs=0"),
+    (table1, "--dataset=x"), (affine, "--networks=resnet"), (affine, "--accuracy=0.99"),
+    (affine, "--accuracy=nan"), (affine, "--accuracy=x"), (routing, "--iterations=0")])
+def test_wrong_words_are_usage_errors(program, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        table1.main(words)
+        program.main([words])
     assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
 
 
@@ -225,6 +308,38 @@ def test_placed_digits_are_the_same_in_every_call_and_anywhere_within_the_margin
     assert data.canvas_shape() == (40, 40, 1)
 
 
+def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed_again(
+        small, tmp_path, monkeypatch, capsys):
+    mnist = utils.load_dataset("mnist", ROOT / "data")
+    monkeypatch.setattr(utils, "load_dataset", lambda *_: mnist._replace(
+        x_train=mnist.x_train[:60], y_train=mnist.y_train[:60], x_test=mnist.x_test[:20],
+        y_test=mnist.y_test[:20]))
+    words = ["--networks=cnn", "--epochs=1", f"--output={tmp_path}"]
+    assert affine.main(words) == 0
+    first = capsys.readouterr().out
+    outcome = json.loads((tmp_path / "affine.json").read_text())["cnn"]
+    right = 100 * outcome["affine_right"] / 20
+    reached = 100 * outcome["held_out_accuracy"]
+    assert f"| CNN | {outcome['parameters']:,} | 1 | {reached:.2f} |" in first
+    assert f"| {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs." in first
+    assert {name: len(values) for name, values in outcome["sweeps"].items()} == {
+        "rotation": 7, "shear": 7, "scale": 8}
+    at_rest = {outcome["sweeps"][name][place] for name, place in (
+        ("rotation", 0), ("shear", 0), ("scale", 4))}
+    assert len(at_rest) == 1  # the same images
+    assert (tmp_path / "affine.png").stat().st_size > 5000
+    (kept,) = tmp_path.glob("cnn_*/tested.json")
+    tested = json.loads(kept.read_text())
+    tested["sweeps"]["scale"] = tested["sweeps"]["scale"][:6]  # as if stopped there
+    kept.write_text(json.dumps(tested))
+    swept, swept_images = [], affine.swept_images
+    monkeypatch.setattr(affine, "swept_images", lambda images, factor, value: swept.append(
+        (factor, value)) or swept_images(images, factor, value))
+    assert affine.main(words) == 0 and capsys.readouterr().out.split("\n|")[1:] == first.split(
+        "\n|")[1:]
+    assert swept == [("scale", 1.2), ("scale", 1.3)]
+
+
 @pytest.mark.parametrize("right, n, low, high", [  # by hand from Wilson's formula
     (50, 100, 40.383, 59.617), (0, 10, 0.0, 27.753), (7900, 10000, 78.190, 79.787)])
 def test_the_interval_is_wilsons(right, n, low, high):
@@ -254,6 +369,12 @@ def test_watched_routing_is_the_routing_of_the_network_and_of_a_slow_loop():
             b += change
             assert changes[r] == pytest.approx(np.abs(change).mean(), rel=1e-4)
             assert entropies[r] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_weights_of_another_data_set_are_not_watched_on_mnist(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, "load_weights", lambda *_: {"training": {"dataset": "kmnist"}})
+    assert routing.main([f"--checkpoint={tmp_path}", f"--output={tmp_path}"]) == 1
+    assert "was trained on kmnist, expected a network of MNIST" in capsys.readouterr().err
 
 
 def test_routing_of_the_trained_network_is_measured_and_drawn(tmp_path, capsys):

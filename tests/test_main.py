@@ -282,7 +282,7 @@ def test_the_next_command_that_training_names_can_be_typed_however_the_first_was
 def test_the_same_command_again_says_the_run_is_finished_and_how_to_train_longer(story):
     _, out, err = story.results["same again"]
     assert out.count("\n") == 7 and err == ""
-    assert "This run is finished: 1 epochs" in out and "--epoch=11" in out and "--restart" in out
+    assert "This run is finished: 1 epoch in" in out and "--epoch=11" in out and "--restart" in out
     assert story.files["same again"] == story.files["deformed"]
 
 
@@ -586,7 +586,7 @@ def test_predictions_of_files_are_those_of_the_network_for_the_images_in_them(
         np.testing.assert_allclose(np.float64(row[3::2]), found[best], atol=1e-5)
         said = ", ".join(f"{k}: {found[k]:.3f}" for k in best)
         assert f"in/{number}.png (as it was): {said}\n" in result.out
-    assert rows[4][1] == "made grey, inverted, resized from 252×84" and len(rows) == 5
+    assert rows[4][1] == "made grey, inverted, filled up at its edges, resized from 252×84" and len(rows) == 5
     with Image.open(tmp_path / "samples/predictions.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
 
@@ -597,6 +597,8 @@ def test_a_pattern_without_images_or_expanded_by_the_shell_is_pointed_out(tmp_pa
     for name in ("a.png", "b.png"):
         Image.fromarray(few.x_test[0, ..., 0]).save(tmp_path / name)
     refused(run(tmp_path, "--predict", "a.png", "b.png", *SMALL), 2, "the shell", "quoted")
+    (tmp_path / "odd").mkdir()
+    refused(run(tmp_path, "--predict=odd", there, *SMALL), 1, "is a folder", "'odd/*'")
     (tmp_path / "c.png").write_text("no image")
     result = run(tmp_path, "--predict=*.png", there, *SMALL)
     refused(result, 1, "1 of 3 files could not be read: c.png")
@@ -623,6 +625,26 @@ def test_colour_images_of_ones_own_are_trained_tested_and_predicted(tmp_path, mo
     found = json.loads((tmp_path / "logs/mine/test.json").read_text())
     assert found["accuracy"] > 0.9 and list(found["accuracy_per_class"]) == sorted(names)
     assert "\nnew.png (resized from 48×40): red: " in result.out
+
+
+def test_more_training_images_than_there_are_is_no_other_run(tmp_path, few):
+    values = main.parse(["main.py", "--train", "--train_size=500"])
+    assert main.Run(values, []).flags.train_size == 0
+    values = main.parse(["main.py", "--train", "--train_size=399"])
+    assert len(main.Run(values, []).train_data.labels) == 399
+
+
+def test_the_data_of_the_program_are_found_from_anywhere_but_for_a_folder_that_is_named(
+        tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: asked.append(str(folder)) or load_dataset(
+        "mnist", Path(main.__file__).parent / "data"))
+    monkeypatch.chdir(tmp_path)
+    main.Run(main.parse(["main.py", "--test"]), [])
+    main.Run(main.parse(["main.py", "--test", "--data_dir=mine"]), [])
+    (tmp_path / "data").mkdir()
+    main.Run(main.parse(["main.py", "--test"]), [])
+    assert asked == [str(Path(main.__file__).parent / "data"), "mine", "data"]
 
 
 def test_too_small_images_say_how_small_they_may_be(tmp_path, monkeypatch):

@@ -313,7 +313,7 @@ def test_an_npz_file_gives_its_arrays_whatever_their_form(tmp_path):
 
 @pytest.mark.parametrize("changes, named", [
     ({"x_train": RAMP.astype(int)}, "expected uint8, or floats from 0 to 1"),
-    ({"x_train": RAMP / 100}, "expected uint8, or floats"),
+    ({"x_train": RAMP / 1.0}, r"float64 from 0.0 to \d+\.0, expected uint8, or floats"),
     ({"x_train": RAMP / np.float32("nan")}, "expected uint8, or floats"),
     ({"x_train": RAMP[..., :2]}, r"expected \(N, H, W\)"),
     ({"x_train": RAMP[:0], "y_train": np.zeros(0, int)}, "N at least 1"),
@@ -353,9 +353,9 @@ def test_an_npz_file_that_is_none_is_refused(tmp_path):
         assert "expected" in one_line(error) or "does not exist" in one_line(error)
 
 
-def folders(root, colour):
+def folders(root, colour, train=3):
     """A folder of images by class: cats and dogs, of 6×4 pixels, and what is to be passed over."""
-    for split, count in (("train", 3), ("test", 2)):
+    for split, count in (("train", train), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
             place = root / split / name
             place.mkdir(parents=True)
@@ -374,9 +374,18 @@ def test_a_folder_of_images_by_class_is_a_data_set(tmp_path, colour):
     data = utils.load_dataset(str(folders(tmp_path / "pets", colour)), "nowhere")
     assert data.name == "pets" and data.class_names == ("cat", "dog")
     assert data.x_train.shape == (6, 6, 4, 3 if colour else 1) and data.x_test.shape[0] == 4
-    assert data.y_train.tolist() == [0, 0, 0, 1, 1, 1] and data.y_test.tolist() == [0, 0, 1, 1]
-    assert data.x_train[:, 0, 0, -1].tolist() == [0, 10, 20, 100, 110, 120]
-    assert data.x_test[:, 5, 3, 0].tolist() == [1, 11, 101 + 50 * colour, 111 + 50 * colour]
+    pairs = {split: sorted(zip(x.tolist(), y.tolist())) for split, x, y in (
+        ("train", data.x_train[:, 0, 0, -1], data.y_train), ("test", data.x_test[:, 5, 3, 0], data.y_test))}
+    assert pairs["train"] == [(0, 0), (10, 0), (20, 0), (100, 1), (110, 1), (120, 1)]
+    more = 50 * colour
+    assert pairs["test"] == [(1, 0), (11, 0), (101 + more, 1), (111 + more, 1)]
+
+
+def test_the_classes_of_a_folder_are_mixed_the_same_way_each_time(tmp_path):
+    folder = str(folders(tmp_path / "pets", False, train=10))
+    labels = utils.load_dataset(folder, "").y_train
+    assert 2 <= labels[:10].sum() <= 8 and labels.sum() == 10
+    np.testing.assert_array_equal(utils.load_dataset(folder, "").y_train, labels)
 
 
 def test_folders_that_are_no_data_set_are_refused_naming_what_is_wrong(tmp_path):
@@ -392,8 +401,23 @@ def test_folders_that_are_no_data_set_are_refused_naming_what_is_wrong(tmp_path)
     problem(lambda root: (root / "test/cow").mkdir(), "a class without .*train/cow")
     problem(lambda root: (root / "train/cat/1.png").write_bytes(b"?"), "cannot be read as an image")
     problem(lambda root: Image.new("L", (9, 9)).save(root / "test/dog/1.png"),
-            r"test/dog/1.png has 9×9 pixels, expected 6×4 like .*train/cat/0.png")
+            r"test/dog/1.png has 9×9 pixels, expected 4×6 like .*train/cat/0.png")
     problem(lambda root: [path.unlink() for path in root.glob("test/*/*.png")], "no images")
+
+
+def test_a_damaged_note_in_an_image_and_a_name_of_strange_bytes_end_nothing(tmp_path, monkeypatch):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+
+    def damaged(image):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.ImageOps, "exif_transpose", damaged)  # as it does for some WebP
+        with pytest.raises(UserError, match="a.png cannot be read as an image"):
+            utils.read_image(tmp_path / "a.png")
+    name = os.fsdecode(b"\xe9.png")
+    utils.write_csv(tmp_path / "a.csv", ["file"], [[name]])
+    assert (tmp_path / "a.csv").read_bytes() == b"file\r\n\xe9.png\r\n"
 
 
 def test_image_files_of_every_kind_become_bytes_grey_or_in_colour(tmp_path):
@@ -721,7 +745,7 @@ def test_misclassified_images_are_shown_up_to_64_and_none_is_a_picture_too(tmp_p
     sizes = []
     for count in (0, 3, 64, 70):
         images, labels = mnist.x_test[:count], mnist.y_test[:count]
-        arguments = (images, labels, (labels + 1) % 10, scores[:count], DIGITS)
+        arguments = (images, np.arange(count), labels, (labels + 1) % 10, scores[:count], DIGITS)
         utils.save_misclassified(tmp_path / "a.png", *arguments)
         picture = pixels(tmp_path / "a.png")
         assert has(picture, RED) == (count > 0) and has(picture, (34, 34, 34))
@@ -787,6 +811,17 @@ def test_learning_curves_are_drawn_where_loss_and_error_are(tmp_path):
             assert slope > 0.2 and np.abs(slope * x + offset - y).max() < 12
 
 
+def test_steps_without_any_error_leave_a_gap_in_the_curve(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(utils, "save_figure", lambda path, figure: drawn.append(figure))
+    accuracy = np.where(np.arange(240) // 3 % 2, 1.0, 0.8)  # in parts of three steps
+    curve = {"loss/total": (np.arange(1, 241), np.ones(240)), "accuracy": (np.arange(1, 241), accuracy)}
+    utils.save_learning_curves("", {"train": curve}, 60)
+    (line,) = drawn[0].axes[1].lines
+    np.testing.assert_allclose(line.get_xdata(), np.arange(2, 241, 3) / 60)
+    np.testing.assert_allclose(line.get_ydata(), [20, np.nan] * 40)
+
+
 def test_overlapping_reconstructions_are_red_and_green_and_yellow_where_both_are(tmp_path):
     inputs = np.zeros((2, 36, 36, 1))
     reconstructions = np.zeros((2, 2, 36, 36, 1))
@@ -795,7 +830,7 @@ def test_overlapping_reconstructions_are_red_and_green_and_yellow_where_both_are
     for predictions, wrong in (([[7, 2], [3, 1]], False), ([[7, 2], [3, 3]], True)):
         for names in (DIGITS, utils.CLASS_NAMES["fashion_mnist"]):
             arguments = (inputs, reconstructions, labels, np.array(predictions), names)
-            utils.save_multi(tmp_path / "a.png", *arguments)
+            utils.save_multi(tmp_path / "a.png", "Pairs", *arguments)
             picture = pixels(tmp_path / "a.png")
             assert has(picture, RED) == wrong
             count = {c: (picture == c).all(-1).sum() for c in ((255, 0, 0), (0, 255, 0))}
