@@ -36,6 +36,9 @@ from utils import UserError
 # The authors' public code: 300,000 steps, the margin loss halved and averaged over ten classes too.
 AUTHORS = {"epoch": 640, "batch_size": 128, "decay_rate": 0.96, "decay_steps": 2000,
            "reconstruction_weight": 0.01, "averaging": 0.0, "initialization": "authors"}
+# The default schedule of --multi_MNIST: of those tried, the lowest error on pairs of held-out training
+# digits, in what two cores compute in an hour.
+MULTI_MNIST = {"epoch": 5, "batch_size": 32, "decay_steps": 1500, "averaging": 0.998}
 
 # Flags by purpose: name, default, bounds (or choices), help. The type is that of the default.
 FLAGS = {
@@ -54,7 +57,8 @@ FLAGS = {
     "Data": [
         ("dataset", "mnist", None,
          "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class"),
-        ("multi_MNIST", False, None, "two overlapping digits in each image (paper, section 6)"),
+        ("multi_MNIST", False, None, "two overlapping digits in each image (paper, section 6); default then "
+         + ", ".join(f"--{name}={value}" for name, value in MULTI_MNIST.items())),
         ("multi_test_pairs", 1, (1, 1000),
          "pairs to test in which each test digit is the first; the paper takes 1000"),
         ("data_deformation", False, None, "shift training images by up to 2 pixels (section 5)"),
@@ -173,7 +177,7 @@ def parse(argv):
                              f"{bounds[1]:g}")
         if isinstance(default, str) and default and not value:
             raise UsageError(f"--{name} is empty, expected a name")
-    others = AUTHORS if values.recipe == "authors" else {}
+    others = AUTHORS if values.recipe == "authors" else MULTI_MNIST if values.multi_MNIST else {}
     for name, value in others.items():
         if not values[name].present:
             setattr(values, name, value)

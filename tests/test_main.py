@@ -175,6 +175,17 @@ def test_the_recipe_of_the_authors_fills_in_only_the_flags_that_are_not_given():
     assert changed == {"recipe", *main.AUTHORS} - {"batch_size", "epoch"}
 
 
+def test_overlapping_digits_have_a_schedule_of_their_own_for_the_flags_that_are_not_given():
+    plain, multi = (main.parse(["main.py", "--train", *more]) for more in ([], ["--multi_MNIST"]))
+    changed = {name: multi[name].value for name in plain if plain[name].value != multi[name].value}
+    assert changed == {"multi_MNIST": True} | main.MULTI_MNIST
+    assert f"--epoch={main.MULTI_MNIST['epoch']}" in main.help_text()
+    given = ["main.py", "--train", "--multi_MNIST", "--epoch=10"]
+    assert main.parse(given).epoch == 10
+    theirs = main.parse([*given, "--recipe=authors"])
+    assert (theirs.epoch, theirs.batch_size) == (10, main.AUTHORS["batch_size"])
+
+
 def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     for words in [], ["--epoch=3"], ["--notrain", "--test=False"]:
         result = run(tmp_path, *words)
