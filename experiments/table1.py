@@ -34,6 +34,8 @@ def run_row(row, seed, flags):
     _, model = trial.start()
     from cnn import CNN
 
+    import main as main_module  # `main` is this script's own
+
     mnist = utils.load_dataset("mnist", flags.data_dir)
     overlap = flags.dataset == "multi_MNIST"
     margin, size = 4 * overlap, flags.train_size or None
@@ -50,9 +52,13 @@ def run_row(row, seed, flags):
         return model.CapsNet(shape, 10, routing_iterations=iterations,
                              conv=model.fastest_conv())
 
-    # However few epochs: the rate falls as far as the defaults let it fall in ten.
-    how = model.Training(seed=seed, decay_steps=100 * flags.epochs,
-                         reconstruction_weight=0.0005 if reconstructs else 0.0)
+    # However few epochs: the rate falls as far as it does by default in all of them.
+    settings = {row[0]: row[1] for row in main_module.FLAGS["Training"]} | (
+        main_module.MULTI_MNIST if overlap else {})
+    how = model.Training(
+        seed=seed, batch_size=settings["batch_size"], averaging=settings["averaging"],
+        decay_steps=max(1, settings["decay_steps"] * flags.epochs // settings["epoch"]),
+        reconstruction_weight=0.0005 if reconstructs else 0.0)
     folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
     return trial.run(folder, make, train_data, test_data, how, flags.epochs)[0]
 

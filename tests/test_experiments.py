@@ -222,7 +222,9 @@ def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
     folder, make, train_data, test_data, how, epochs = asked[0]
     side = 36 if overlap else 28
     assert make() == ((side, side, 1), network) and epochs == 3
-    assert (how.seed, how.reconstruction_weight, how.decay_steps) == (5, weight, 300)
+    assert (how.seed, how.reconstruction_weight) == (5, weight)
+    assert (how.batch_size, how.averaging, how.decay_steps) == (
+        (32, 0.998, 900) if overlap else (64, 0.99, 300))
     assert (len(train_data.labels), len(test_data.labels)) == (60000, 10000)
     assert train_data.max_shift == (4 if overlap else 2) and train_data.overlap == overlap
     assert test_data.canvas_shape() == (side, side, 1) and test_data.overlap == overlap
