@@ -58,7 +58,7 @@ def run_row(row, seed, flags):
     how = model.Training(
         seed=seed, batch_size=settings["batch_size"], averaging=settings["averaging"],
         decay_steps=max(1, settings["decay_steps"] * flags.epochs // settings["epoch"]),
-        reconstruction_weight=0.0005 if reconstructs else 0.0)
+        reconstruction_weight=settings["reconstruction_weight"] if reconstructs else 0.0)
     folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
     return trial.run(folder, make, train_data, test_data, how, flags.epochs)[0]
 
