@@ -918,12 +918,11 @@ class Trainer:
             return
         self._take_state()
 
-    def fit(self, epochs, save_steps=500, restart=False, on_step=None,
-            on_resume=None, texts=None):
+    def fit(self, epochs, save_steps=500, restart=False, on_step=None, on_resume=None, texts=None):
         """Train until `epochs` epochs are done, from the last checkpoint if there is one.
 
         Args:
-            epochs: in all, those of earlier calls included.
+            epochs: in all, those of earlier calls included; of a fraction the first steps.
             save_steps: steps between checkpoints; one is written after each epoch as well.
             restart: move an earlier run aside and begin.
             on_step: called after each step with a dict of progress.
@@ -952,7 +951,7 @@ class Trainer:
             if not self.chief and step:
                 self._restore(step)
             over_workers(self.strategy, 0)  # only then may the chief change what is in the folders
-            last_step = epochs * self.steps_per_epoch
+            last_step = math.ceil(epochs * self.steps_per_epoch)
             if self.step >= last_step:
                 return False
             if self.restored and on_resume:
@@ -1036,7 +1035,7 @@ class Trainer:
                 if number == start:  # the first step compiles, or waits for its first batch
                     began, untimed = time.perf_counter(), start + 1
                 means = self.sums / self.sums[3]
-                on_step({"epoch": epoch + 1, "epochs": last_step // self.steps_per_epoch,
+                on_step({"epoch": epoch + 1, "epochs": -(-last_step // self.steps_per_epoch),
                          "step": step, "last_step": last_step, "images_per_second": speed,
                          "seconds_left": (last_step - step) * size / speed,
                          "margin_loss": means[0], "reconstruction_loss": means[1],
@@ -1047,7 +1046,7 @@ class Trainer:
             waiting.append((number, self.train_step(batch)))
             self.step += 1
             last = number + 1 == self.steps_per_epoch
-            saving = last or self.step % save_steps == 0
+            saving = last or self.step == last_step or self.step % save_steps == 0
             while len(waiting) > (0 if saving else self.ahead):
                 note(*waiting.pop(0))
             stopping = self._stopping()
@@ -1059,6 +1058,8 @@ class Trainer:
                 self.save(last_step)
             if stopping:
                 raise Interrupted(self._stop_signal or signal.SIGTERM)
+            if self.step == last_step:
+                return
 
     def _stopping(self):
         """Whether to stop after this step; several workers do it all together, or none does."""

@@ -6,6 +6,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import platform
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+CHECKS = 2  # of the accuracy at which to stop, in an epoch
 sys.path.insert(0, str(ROOT))
 
 import utils
@@ -72,7 +74,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
         epochs: to train for, in all.
         plan: of the test, if it is not `test_data.evaluation_plan()`.
         until: (accuracy, data, plan): held-out training images, and the accuracy on them at which,
-            at the end of an epoch, training stops; or None.
+            looked at CHECKS times an epoch, training stops; or None.
 
     Returns:
         dict: accuracy, wrong, images, epochs, seconds of training, parameters, and what it was; and
@@ -110,12 +112,13 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
         if until:
             enough, held_out, held_out_plan = until
             forward = model.compile_forward(network, held_out, True)
-        for epoch in range(1, epochs + 1) if until else [epochs]:
-            trainer.fit(epoch, on_step=display.step)
-            if until and trainer.step == epoch * trainer.steps_per_epoch:
+        done = [part / CHECKS for part in range(1, CHECKS * epochs + 1)] if until else [epochs]
+        for trained in done:
+            trainer.fit(trained, on_step=display.step)
+            if until and trainer.step == math.ceil(trained * trainer.steps_per_epoch):
                 with trainer.averaged():
                     reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
-                display.report(f"Held-out accuracy after epoch {epoch}: {100 * reached:.2f}%")
+                display.report(f"Held-out accuracy after {trained:g} epochs: {100 * reached:.2f}%")
                 if reached > enough - 1e-9:  # 99.23 / 100 is a little more than 9923 / 10000
                     break
     model.load_weights(network, folders.checkpoint, print)
@@ -127,7 +130,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
         network.decoder.count_params())
     outcome = wanted | {
         "accuracy": found["accuracy"], "error_percent": 100 * wrong / len(found["correct"]),
-        "wrong": wrong, "images": len(found["correct"]), "trained_epochs": epoch,
+        "wrong": wrong, "images": len(found["correct"]), "trained_epochs": trained,
         "held_out_accuracy": reached,
         "training_seconds": model.read_scalars(folders.logs / "train")[1],
         "parameters": network.count_params() - unused, "machine": main.machine(),

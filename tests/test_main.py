@@ -286,7 +286,8 @@ def test_the_next_command_that_training_names_can_be_typed_however_the_first_was
     values = main.parse(["main.py", *shlex.split(following)])
     assert values.test and values.tweak_test and values.reconstruction_test
     assert not values.train and not values.restart
-    assert (values.n_conv, values.n_primary, values.epoch) == (9, 2, 5 if values.multi_MNIST else 10)
+    epochs = main.MULTI_MNIST["epoch"] if values.multi_MNIST else 10
+    assert (values.n_conv, values.n_primary, values.epoch) == (9, 2, epochs)
     assert values.multi_MNIST is values.validation_check is ("--multi_MNIST" in words)
 
 

@@ -618,6 +618,16 @@ def test_more_epochs_go_on_and_no_more_epochs_do_nothing(copy, finished):
     assert [step for step, _ in events(copy / "logs")["train", "accuracy"]] == list(range(1, 19))
 
 
+def test_a_fraction_of_an_epoch_are_its_first_steps_and_parts_make_the_same_whole(tmp_path, finished):
+    trainer, epochs = trainer_in(tmp_path), []
+    for part, step in (0.5, 3), (1.1, 7), (2, 12):  # an epoch has 6 steps
+        assert trainer.fit(part, on_step=lambda at: epochs.append((at["epoch"], at["epochs"])))
+        assert trainer.step == step and model.saved_steps(tmp_path / "checkpoint")[0] == step
+    assert same(state(trainer), finished[1])
+    assert epochs == [(1, 1)] * 3 + [(1, 2)] * 3 + [(2, 2)] * 6
+    assert [step for step, _ in events(tmp_path / "logs")["validation", "accuracy"]] == [6, 12]
+
+
 # The child loads what this process saved, and then trains until it is killed with SIGKILL.
 CHILD = """
 import os, pathlib, sys
