@@ -52,12 +52,13 @@ def run_row(row, seed, flags):
         return model.CapsNet(shape, 10, routing_iterations=iterations,
                              conv=model.fastest_conv())
 
-    # However few epochs: the rate falls as far as it does by default in all of them.
+    # However few epochs and images: the rate falls as far as it does by default in all of them.
     settings = {row[0]: row[1] for row in main_module.FLAGS["Training"]} | (
         main_module.MULTI_MNIST if overlap else {})
     how = model.Training(
         seed=seed, batch_size=settings["batch_size"], averaging=settings["averaging"],
-        decay_steps=max(1, settings["decay_steps"] * flags.epochs // settings["epoch"]),
+        decay_steps=max(1, settings["decay_steps"] * flags.epochs * len(train_data.labels)
+                        // (settings["epoch"] * len(mnist.y_train))),
         reconstruction_weight=settings["reconstruction_weight"] if reconstructs else 0.0)
     folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
     return trial.run(folder, make, train_data, test_data, how, flags.epochs)[0]

@@ -226,6 +226,9 @@ def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
     assert (how.batch_size, how.averaging, how.decay_steps) == (
         (32, 0.998, 900) if overlap else (64, 0.99, 300))
     assert (len(train_data.labels), len(test_data.labels)) == (60000, 10000)
+    assert table1.main([f"--dataset={dataset}", f"--rows={row}", "--seeds=5", "--epochs=3",
+                        "--train_size=20000", f"--output={tmp_path}"]) == 1
+    assert (len(asked[1][2].labels), asked[1][4].decay_steps) == (20000, how.decay_steps // 3)
     assert train_data.max_shift == (4 if overlap else 2) and train_data.overlap == overlap
     assert test_data.canvas_shape() == (side, side, 1) and test_data.overlap == overlap
 
