@@ -178,17 +178,18 @@ def layer_sizes(image_shape, n_classes, n_conv=256, n_primary=32, primary_dim=8,
     ]
 
 
-def memory_needed(sizes, batch_size):
+def memory_needed(sizes, batch_size, data_bytes=0):
     """Bytes that training will take at its peak, about: fitted to benchmarks/scaling.py on a CPU.
 
     Args:
         sizes: of `layer_sizes`.
         batch_size: images in a step on one device.
+        data_bytes: of all images; the benchmark has few.
     """
     parameters = sum(count for *_, count in sizes)
     (lower, _), (upper, dim) = sizes[1][1], sizes[2][1]
     per_image = math.prod(sizes[0][1]) + lower * upper * dim  # conv1 and the votes
-    return 900e6 + 20 * parameters + 11.2 * batch_size * per_image
+    return 900e6 + 20 * parameters + 11.2 * batch_size * per_image + data_bytes
 
 
 class Data(NamedTuple):

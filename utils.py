@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 import struct
+import tokenize
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -218,7 +219,7 @@ def _read_npz(path):
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}; {expected}") from None
     except (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile,
-            zlib.error) as error:
+            zlib.error, tokenize.TokenError) as error:
         raise UserError(f"{path} cannot be read ({error}); {expected}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -232,7 +233,9 @@ def _read_npz(path):
                 span = "" if images.dtype.kind != "f" else f" from {images.min()} to {images.max()}"
                 raise UserError(f"{path}: x_{split} is {images.dtype}{span}, expected uint8, or "
                                 "floats from 0 to 1; divide them by their largest value")
-            images = _to_uint8(images)
+            floats, images = images, np.empty(images.shape, np.uint8)
+            for n in range(0, len(floats), 1000):  # in parts: the work takes memory by the pixel
+                images[n:n + 1000] = _to_uint8(floats[n:n + 1000])
         if labels.shape in ((len(images), 1), (len(images),)):
             labels = labels.reshape(-1)
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0 or (
@@ -244,8 +247,12 @@ def _read_npz(path):
     if sizes[0] != sizes[1]:
         raise UserError(f"{path}: images are {sizes[0]} in training and {sizes[1]} in test, "
                         "expected one size")
-    names = range(1 + max(arrays["y_train"].max(), arrays["y_test"].max()))
-    return Dataset(path.stem, **arrays, class_names=tuple(map(str, names)))
+    trained, last = np.unique(arrays["y_train"]), arrays["y_test"].max()
+    if len(trained) < 2 or last >= len(trained) or trained[-1] != len(trained) - 1:
+        raise UserError(f"{path}: y_train has {len(trained)} different labels up to {trained[-1]}, "
+                        f"y_test up to {last}, expected two classes or more, numbered from 0 without "
+                        "gaps, and all of them in y_train; number them anew")
+    return Dataset(path.stem, **arrays, class_names=tuple(map(str, trained)))
 
 
 def read_image(path):
@@ -258,8 +265,13 @@ def read_image(path):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # grey of 16 bits, or floats
-                whole = 65535 if image.mode[0] == "I" else 1
-                return _to_uint8(np.asarray(image, np.float64) / whole)[..., None]
+                grey, whole = np.asarray(image, np.float64), 65535 if image.mode[0] == "I" else 1
+                if image.mode == "I" and grey.max() < 256:  # wider than what is in it
+                    whole = 255
+                if not 0 <= grey.min() <= grey.max() <= whole:
+                    raise ValueError(f"grey from {grey.min():g} to {grey.max():g}, expected at most "
+                                     f"0 to {whole}")
+                return _to_uint8(grey / whole)[..., None]
             if "transparency" in image.info or "A" in image.getbands():
                 image = image.convert("RGBA")
                 *ink, alpha = np.moveaxis(np.asarray(image, np.float64), -1, 0)

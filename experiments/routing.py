@@ -7,7 +7,6 @@ and, beyond the paper, the entropy of the coupling coefficients c_ij over the up
 routing.png and routing.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -59,9 +58,9 @@ def draw(path, changes, entropies, classes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--iterations", type=int, default=10, choices=range(1, 101),
-                        metavar="1..100", help="iterations to watch (default 10)")
+    parser = trial.Parser(__doc__)
+    parser.add_argument("--iterations", type=trial.positive, default=10,
+                        help="iterations to watch (default 10)")
     parser.add_argument("--checkpoint", help="folder of a trained network of the default sizes; "
                         "without it the weights that come with the program")
     parser.add_argument("--output", default="runs/routing", help="folder (default runs/routing)")
@@ -79,7 +78,8 @@ def watch(flags):
     images = mnist.x_test[: flags.images]
     network = model.CapsNet(images.shape[1:], 10, conv=model.fastest_conv())
     if flags.checkpoint:
-        facts = model.load_weights(network, flags.checkpoint, print)
+        with trial.without_flags("give the folder of a network of the default sizes"):
+            facts = model.load_weights(network, flags.checkpoint, print)
         if (trained := facts["training"].get("dataset", "mnist")) != "mnist":
             raise utils.UserError(f"{flags.checkpoint} was trained on {trained}, expected a network of "
                                   "MNIST; give its folder")

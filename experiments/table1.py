@@ -118,7 +118,7 @@ def numbers(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = trial.Parser(__doc__)
     parser.add_argument("--rows", type=trial.some_of(ROWS), help=f"some of {','.join(ROWS)} (default: all that the "
                         "paper has)")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="default 0,1,2")

@@ -21,6 +21,16 @@ sys.path.insert(0, str(ROOT))
 import utils
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def positive(text):
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
@@ -98,7 +108,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     network = make()
     wanted = json.loads(json.dumps({
         "network": model.shape_of(network), "training": how._asdict(), "epochs": epochs,
-        "until": until and until[0], "data": digest}))
+        "until": until and [until[0], CHECKS], "data": digest}))
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(f"{folder}_{key}")
     result = folder / "result.json"
@@ -106,7 +116,8 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
         return json.loads(result.read_text()), folder
     folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
     reached = None
-    with main.Display() as display, other_remedy(folder):
+    remedy = f"the same command goes on from what is in {folder}, without that folder it begins anew"
+    with main.Display() as display, without_flags(remedy):
         trainer = model.Trainer(network, train_data, None, how, folders, {"data": digest},
                                 report=display.report)
         if until:
@@ -143,13 +154,16 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
 
 
 @contextlib.contextmanager
-def other_remedy(folder):
-    """Errors of the Trainer advise flags of main.py, which an experiment has not."""
+def without_flags(remedy):
+    """Leave out of errors what they advise of main.py's flags; if nothing is left, give a remedy."""
     try:
         yield
     except utils.UserError as error:
-        raise utils.UserError(f"{str(error).split(';')[0]}; the same command goes on from what is in "
-                              f"{folder}, without that folder it begins anew") from None
+        what, *advice = re.split("; |, or ", str(error))
+        kept = [part for part in advice if "--" not in part]
+        if kept == advice:
+            raise
+        raise utils.UserError(f"{what}; {', or '.join(kept) or remedy}") from None
 
 
 def report_errors(program, function):

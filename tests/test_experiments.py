@@ -169,12 +169,17 @@ def test_trainings_of_other_lengths_or_networks_do_not_meet_and_a_stopped_one_go
     shorter, other = go(1)
     assert model.saved_steps(other / "checkpoint")[0] == 3 and shorter["trained_epochs"] == 1
 
-    def fail(*_, **__):
-        raise utils.UserError("the loss is not finite at step 3; try a lower --learning_rate")
+    def fail_with(text):
+        raise utils.UserError(text)
 
-    monkeypatch.setattr(model.Trainer, "fit", fail)
+    monkeypatch.setattr(model.Trainer, "fit", lambda *_, **__: fail_with(
+        "the loss is not finite at step 3; try a lower --learning_rate"))
     assert go(2)[1] == folder
     with pytest.raises(utils.UserError, match="not finite at step 3; the same command") as error:
+        go(2, layers=1)
+    monkeypatch.setattr(model.Trainer, "fit", lambda *_, **__: fail_with(
+        "another training runs in x; wait for it, or give other folders (--checkpoint_dir)"))
+    with pytest.raises(utils.UserError, match="^another training runs in x; wait for it$"):
         go(2, layers=1)
     assert "--" not in str(error.value) and not any(
         str(known) in str(error.value) for known in (folder, other))
@@ -241,7 +246,9 @@ def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
 def test_wrong_words_are_usage_errors(program, words, capsys):
     with pytest.raises(SystemExit) as stop:
         program.main([words])
-    assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert f": argument {words.split('=')[0]}: " in said and said.endswith("; see --help\n")
 
 
 def test_missing_data_are_said_in_one_line(tmp_path, capsys):
@@ -305,6 +312,32 @@ def test_the_affine_digits_are_fixed_differ_and_lie_everywhere_on_the_canvas():
     assert 0.6 < ratio.min() < 0.75 and 1.3 < ratio.max() < 1.5 and abs(ratio.mean() - 1) < 0.05
 
 
+def test_digits_that_are_only_moved_lie_where_the_deformed_ones_do():
+    images = utils.load_dataset("mnist", ROOT / "data").x_test[:200]
+    moved = affine.affine_test_images(images, deformed=False)
+    np.testing.assert_array_equal(
+        moved.sum(axis=(1, 2, 3), dtype=int), images.sum(axis=(1, 2, 3), dtype=int))
+
+    def middles(canvas):
+        weights = canvas[..., 0] / canvas.sum(axis=(1, 2, 3), dtype=float)[:, None, None]
+        return np.stack([(weights.sum(axis=2) @ np.arange(40)), weights.sum(axis=1) @ np.arange(40)])
+
+    assert np.abs(middles(moved) - middles(affine.affine_test_images(images))).max() < 5
+
+
+def test_a_translation_moves_the_ink_from_the_middle_towards_the_four_corners_in_turn():
+    image = np.zeros((28, 28, 1), np.uint8)
+    image[10:20, 12:16] = 255  # 10 rows and 4 columns of ink: 30 and 36 of the canvas are free
+    images = np.stack([image] * 5)
+    for value, tops, lefts in ((0.0, (15, 15), (18, 18)), (0.4, (9, 21), (11, 25)),
+                               (1.0, (0, 30), (0, 36))):
+        found = affine.swept_images(images, "translation", value)
+        places = [np.argwhere(canvas)[0, :2] for canvas in found]
+        corners = [(tops[y], lefts[x]) for y in (0, 1) for x in (0, 1)]
+        assert np.abs(np.array(places) - [*corners, corners[0]]).max() <= 1
+        assert (found.sum(axis=(1, 2, 3)) == image.sum()).all()
+
+
 def test_placed_digits_are_the_same_in_every_call_and_anywhere_within_the_margin():
     data = model.Data(np.zeros((500, 28, 28, 1), np.uint8), np.zeros(500, int), 6, 6)
     plan = affine.placed(data)
@@ -326,23 +359,24 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     right = 100 * outcome["affine_right"] / 20
     reached = 100 * outcome["held_out_accuracy"]
     assert f"| CNN | {outcome['parameters']:,} | 1 | {reached:.2f} |" in first
-    assert f"| {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs." in first
+    anywhere = 100 * outcome["places_right"] / 20
+    assert f"| {anywhere:.2f} | {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs." in first
     assert {name: len(values) for name, values in outcome["sweeps"].items()} == {
-        "rotation": 4, "shear": 4, "scale": 5}
+        "rotation": 4, "shear": 4, "scale": 4, "translation": 4}
     at_rest = {outcome["sweeps"][name][place] for name, place in (
-        ("rotation", 0), ("shear", 0), ("scale", 2))}
+        ("rotation", 0), ("shear", 0), ("scale", 2), ("translation", 0))}
     assert at_rest == {outcome["at_rest"]} and first.count(" 0\n") == 1  # the same images, once
     assert (tmp_path / "affine.png").stat().st_size > 5000
     (kept,) = tmp_path.glob("cnn_*/tested.json")
     tested = json.loads(kept.read_text())
-    tested["sweeps"]["scale"] = tested["sweeps"]["scale"][:3]  # as if stopped there
+    tested["sweeps"]["scale"] = tested["sweeps"]["shear"][:3]  # as if stopped there
     kept.write_text(json.dumps(tested))
     swept, swept_images = [], affine.swept_images
     monkeypatch.setattr(affine, "swept_images", lambda images, factor, value: swept.append(
         (factor, value)) or swept_images(images, factor, value))
     assert affine.main(words) == 0 and capsys.readouterr().out.split("\n|")[1:] == first.split(
         "\n|")[1:]
-    assert swept == [("scale", 1.2), ("scale", 1.35)]
+    assert swept == [("shear", 0.6)]
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # by hand from Wilson's formula

@@ -603,6 +603,18 @@ def test_predictions_of_files_are_those_of_the_network_for_the_images_in_them(
         assert picture.format == "PNG" and picture.width > 1000
 
 
+def test_a_file_whose_name_is_no_text_is_predicted_too(tmp_path, story, few):
+    name = b"in\xff.png"
+    Image.fromarray(few.x_test[0, ..., 0]).save(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as most terminals are
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(out):
+        assert main.main(["main.py", "--predict=*.png", *SMALL,
+                          f"--checkpoint_dir={story.folder / 'checkpoint'}"]) == 0
+    out.flush()
+    assert b"\n" + name + b" (as it was): " in out.buffer.getvalue()
+    assert name in (tmp_path / "samples/predictions.csv").read_bytes()
+
+
 def test_a_pattern_without_images_or_expanded_by_the_shell_is_pointed_out(tmp_path, story, few):
     there = f"--checkpoint_dir={story.folder / 'checkpoint'}"
     refused(run(tmp_path, "--predict=*.png", there, *SMALL), 1, "matches no file", "quote")

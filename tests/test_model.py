@@ -177,6 +177,8 @@ def test_the_sizes_said_beforehand_are_those_of_the_layers_made(shape, classes, 
 def test_the_memory_said_beforehand_is_within_a_tenth_of_what_was_measured(batch, side, measured):
     said = model.memory_needed(model.layer_sizes((side, side, 1), 10), batch) / 1e6
     assert abs(said / measured - 1) < 0.1
+    sizes = model.layer_sizes((side, side, 1), 10)
+    assert model.memory_needed(sizes, batch, 5e9) == pytest.approx(1e6 * said + 5e9)
 
 
 def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes():

@@ -1,6 +1,7 @@
 import errno
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -322,6 +323,10 @@ def test_an_npz_file_gives_its_arrays_whatever_their_form(tmp_path):
     ({"y_train": np.zeros(5)}, "5 integers"),
     ({"y_test": np.array([0, -1])}, "2 integers from 0"),
     ({"y_test": np.array([0, 10**6])}, "2 integers from 0 to 999"),
+    ({"y_test": np.array([0, 3])}, "y_test up to 3, expected .* all of them in y_train"),
+    ({"y_train": np.array([0, 1, 3, 0, 3])}, "3 different labels up to 3, .* without gaps"),
+    ({"y_train": np.array([1, 2, 3, 1, 1])}, "numbered from 0"),
+    ({"y_train": np.zeros(5, int), "y_test": np.zeros(2, int)}, "expected two classes"),
     ({"x_test": np.array([None, 1])}, "cannot be read"),
     ({"x_test": np.array([[["a"]]])}, "expected uint8, or floats"),
 ])
@@ -347,7 +352,13 @@ def test_an_npz_file_that_is_none_is_refused(tmp_path):
             file.writestr(name, b"no array")
     (tmp_path / "flipped.npz").write_bytes(whole[:80] + b"xxxx" + whole[84:])
     (tmp_path / "cut.npz").write_bytes(whole[:-100])
-    for name in ("part", "cut", "empty", "text", "flipped", "missing", "single", "strange"):
+    with zipfile.ZipFile(tmp_path / "bracket.npz", "w") as file:
+        for name in own():
+            buffer = io.BytesIO()
+            np.save(buffer, RAMP)
+            file.writestr(f"{name}.npy", buffer.getvalue().replace(b"}", b" "))
+    for name in ("part", "cut", "empty", "text", "flipped", "missing", "single", "strange",
+                 "bracket"):
         with pytest.raises(UserError, match=name) as error:
             utils.load_dataset(str(tmp_path / f"{name}.npz"), "")
         assert "expected" in one_line(error) or "does not exist" in one_line(error)
@@ -426,6 +437,8 @@ def test_image_files_of_every_kind_become_bytes_grey_or_in_colour(tmp_path):
     Image.fromarray(np.stack([grey] * 3, -1)).save(tmp_path / "RGB.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "I16.png")
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "F.tiff")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "I.tiff")
+    Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "I257.tiff")
     Image.fromarray(grey).convert("P").save(tmp_path / "P.gif")
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(utils.read_image(path), grey[..., None], str(path))
@@ -440,6 +453,11 @@ def test_image_files_of_every_kind_become_bytes_grey_or_in_colour(tmp_path):
     lying.save(tmp_path / "photo.png", exif=lying.getexif())
     np.testing.assert_array_equal(utils.read_image(tmp_path / "photo.png")[..., 0],
                                   np.rot90(grey, -1))
+    for pixels in (grey.astype(np.float32), grey.astype(np.int32) - 1, grey.astype(np.int32) * 300):
+        Image.fromarray(pixels).save(tmp_path / "wide.tiff")
+        with pytest.raises(UserError, match=r"wide.tiff .*grey from -?\d+ to \d+, expected") as error:
+            utils.read_image(tmp_path / "wide.tiff")
+        one_line(error)
     for content in (b"", b"no image", (tmp_path / "RGB.png").read_bytes()[:60]):
         (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(UserError, match=r"bad.png cannot be read") as error:
