@@ -369,14 +369,14 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     assert (tmp_path / "affine.png").stat().st_size > 5000
     (kept,) = tmp_path.glob("cnn_*/tested.json")
     tested = json.loads(kept.read_text())
-    tested["sweeps"]["scale"] = tested["sweeps"]["shear"][:3]  # as if stopped there
+    tested["sweeps"]["scale"] = tested["sweeps"]["scale"][:3]  # as if stopped there
     kept.write_text(json.dumps(tested))
     swept, swept_images = [], affine.swept_images
     monkeypatch.setattr(affine, "swept_images", lambda images, factor, value: swept.append(
         (factor, value)) or swept_images(images, factor, value))
     assert affine.main(words) == 0 and capsys.readouterr().out.split("\n|")[1:] == first.split(
         "\n|")[1:]
-    assert swept == [("shear", 0.6)]
+    assert swept == [("scale", 1.2)]
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # by hand from Wilson's formula
