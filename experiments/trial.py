@@ -107,13 +107,18 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     tf.keras.utils.set_random_seed(how.seed)
     network = make()
     wanted = json.loads(json.dumps({
-        "network": model.shape_of(network), "training": how._asdict(), "epochs": epochs,
+        "network": model.shape_of(network), "training": how._asdict(),
+        "epochs": None if until else epochs,
         "until": until and [until[0], CHECKS], "data": digest}))
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(f"{folder}_{key}")
     result = folder / "result.json"
     if result.exists():
-        return json.loads(result.read_text()), folder
+        outcome = json.loads(result.read_text())
+        # One that was not good enough may now have more epochs.
+        if not until or outcome["held_out_accuracy"] > until[0] - 1e-9 or (
+                outcome["trained_epochs"] >= epochs):
+            return outcome, folder
     folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
     reached = None
     remedy = f"the same command goes on from what is in {folder}, without that folder it begins anew"

@@ -124,10 +124,10 @@ def test_a_baseline_learns_stops_when_it_is_good_enough_and_is_not_trained_twice
     train_data, test_data, held_out = corners(90), corners(30, 1), corners(30, 2)
     how = model.Training(batch_size=10, learning_rate=0.003)
 
-    def go(enough=0.95):
+    def go(enough=0.95, epochs=9):
         return trial.run(
             tmp_path / "a", lambda: cnn.CNN((12, 12, 1), 3, "affine", conv="dft"), train_data,
-            test_data, how, 9, until=(enough, held_out, held_out.evaluation_plan()))
+            test_data, how, epochs, until=(enough, held_out, held_out.evaluation_plan()))
 
     first, folder = go()
     assert 0.95 <= first["held_out_accuracy"] == found_by_hand(folder, held_out)
@@ -136,8 +136,15 @@ def test_a_baseline_learns_stops_when_it_is_good_enough_and_is_not_trained_twice
     assert round(30 * (1 - found_by_hand(folder, test_data))) == first["wrong"]
     less, other = go(0.2)
     assert less["trained_epochs"] == 0.5 < first["trained_epochs"] and other != folder
+    best, epochs = go(1.1, 1)[0], []
+    assert best["held_out_accuracy"] < 1.1 and best["trained_epochs"] == 1
+    fit = model.Trainer.fit
+    monkeypatch.setattr(model.Trainer, "fit", lambda self, part, **more: (
+        fit(self, part, **more) and epochs.append(part)))
+    assert go(1.1, 2)[0]["trained_epochs"] == 2 and epochs == [1.5, 2]  # it went on
     monkeypatch.setattr(model.Trainer, "fit", None)
     assert go() == (first, folder) and go(0.2) == (less, other)
+    assert go(1.1, 2)[0]["trained_epochs"] == go(1.1, 1)[0]["trained_epochs"] == 2
 
 
 def found_by_hand(folder, data):
@@ -360,7 +367,7 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     reached = 100 * outcome["held_out_accuracy"]
     assert f"| CNN | {outcome['parameters']:,} | 1 | {reached:.2f} |" in first
     anywhere = 100 * outcome["places_right"] / 20
-    assert f"| {anywhere:.2f} | {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs." in first
+    assert f"| {anywhere:.2f} | {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs; to go on" in first
     assert {name: len(values) for name, values in outcome["sweeps"].items()} == {
         "rotation": 4, "shear": 4, "scale": 4, "translation": 4}
     at_rest = {outcome["sweeps"][name][place] for name, place in (
