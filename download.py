@@ -54,11 +54,9 @@ class DataSet(NamedTuple):
     files: tuple[File, ...]
 
 
-KINDS = ("images-idx3", "labels-idx1")
-
-
 def _files(sizes: tuple[int, ...], hashes: str, packed: bool) -> tuple[File, ...]:
-    names = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in KINDS)
+    names = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k")
+             for kind in ("images-idx3", "labels-idx1"))
     return tuple(File(*row, packed) for row in zip(names, sizes, hashes.split(), strict=True))
 
 
@@ -82,23 +80,16 @@ KMNIST_GZ_SHA256 = """
 
 DATASETS = {
     "mnist": DataSet(
-        (
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        ),
-        _files(IDX_SIZES, MNIST_SHA256, packed=False),
-    ),
+        ("https://storage.googleapis.com/cvdf-datasets/mnist/",
+         "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+        _files(IDX_SIZES, MNIST_SHA256, packed=False)),
     "fashion_mnist": DataSet(
-        (
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
-        ),
-        _files(IDX_SIZES, FASHION_SHA256, packed=False),
-    ),
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"),
+        _files(IDX_SIZES, FASHION_SHA256, packed=False)),
     "kmnist": DataSet(
         ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
-        _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True),
-    ),
+        _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True)),
 }
 
 

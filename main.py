@@ -153,13 +153,11 @@ def parse(argv):
     values = flags.FlagValues()
     for rows in FLAGS.values():
         for name, default, bounds, text in rows:
-            if isinstance(default, bool):
-                flags.DEFINE_boolean(name, default, text, flag_values=values)
-            elif isinstance(default, str) and bounds:
+            if isinstance(default, str) and bounds:
                 flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
             else:
-                define = {str: flags.DEFINE_string, int: flags.DEFINE_integer,
-                          float: flags.DEFINE_float}[type(default)]
+                define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer,
+                          float: flags.DEFINE_float, str: flags.DEFINE_string}[type(default)]
                 define(name, default, text, flag_values=values)
     try:
         stray = values(argv)[1:]
@@ -323,9 +321,8 @@ class Run:
         self.train_data = model.Data(
             self.dataset.x_train[:size], self.dataset.y_train[:size], margin,
             4 if overlap else 2 * values.data_deformation, overlap, self.dataset.class_names)
-        self.test_data = model.Data(
-            self.dataset.x_test, self.dataset.y_test, margin, margin, overlap,
-            self.dataset.class_names)
+        self.test_data = self.train_data._replace(
+            images=self.dataset.x_test, labels=self.dataset.y_test, max_shift=margin)
         folder = values.multi_checkpoint_dir if overlap else values.checkpoint_dir
         self.folders = model.Folders(*(
             Path(path) / self.name for path in (folder, values.val_checkpoint_dir, values.logdir)))
@@ -366,27 +363,25 @@ class Run:
 
     def load(self):
         """Restore the weights to be examined, and say which."""
-        if self.flags.pretrained:
-            known = self.flags.dataset in utils.CLASS_NAMES
+        values = self.flags
+        if values.pretrained:
+            known = values.dataset in utils.CLASS_NAMES
             folder = Path(__file__).parent / "pretrained" / (
-                self.name if known else self.flags.dataset.replace(os.sep, "_"))
+                self.name if known else values.dataset.replace(os.sep, "_"))
             self.facts = self.library.load_pretrained(self.model, folder)
         else:
-            best = self.flags.validation_check
-            folder = self.folders.best if best else self.folders.checkpoint
+            folder = self.folders.best if values.validation_check else self.folders.checkpoint
             self.facts = self.library.load_weights(self.model, folder, print)
-            values = self.flags
             if self.chief and (values.test or values.reconstruction_test or values.tweak_test
                                or values.export):  # what is there is of one run
                 self.library.claim(self.folders.logs, self.folders.checkpoint)
-        training = self.facts["training"]
-        names = list(self.dataset.class_names)
+        training, names = self.facts["training"], list(self.dataset.class_names)
         if training.get("class_names", names) != names:
             raise UserError(f"{folder} was trained on other classes: {training['class_names']} there "
                             f"and {names} here; give the --dataset that it was trained on")
         if training["data"] != self.digest(training["train_size"]):
             print("These weights were trained on other images than those of --dataset.")
-        averaged = ", averaged over the last steps" * bool(self.facts["training"].get("averaging"))
+        averaged = ", averaged over the last steps" * bool(training.get("averaging"))
         print(f"Weights of step {self.facts['step']} from {folder}{averaged}")
 
     def digest(self, train_size):
@@ -396,12 +391,10 @@ class Run:
             digest.update(np.ascontiguousarray(part[:train_size or None]))
         return digest.hexdigest()[:16]
 
-    def log_pictures(self, name, pictures):
-        """Show pictures (H, W, 3) in TensorBoard too, in place of those of an earlier command."""
-        tf = self.library.tf
+    def log_picture(self, name, picture):
+        """Show a picture (H, W, 3) in TensorBoard too, in place of that of an earlier command."""
         with self.library.replacing_events(self.folders.logs / "test", name, self.facts["step"]):
-            for tag, picture in pictures.items():
-                tf.summary.image(tag, picture[None])
+            self.library.tf.summary.image(name, picture[None])
 
 
 def train(run):
@@ -566,27 +559,23 @@ def save_multi_sheet(run, plan, found):
     chosen = np.concatenate([right[:14], wrong[:6]])
     title = (f"Overlapping digits: {len(wrong):,} of {len(found['correct']):,} pairs wrong; the first "
              f"{len(right[:14])} right ones, then the first {len(wrong[:6])} wrong ones")
-    seen = examine(run, run.test_data, chosen, plan)
+    seen = examine(run, plan.take(chosen))
     path = Path(run.flags.sample_dir) / "multi_MNIST.png"
     utils.save_multi(path, title, seen["canvas"], seen["without_label"], found["labels"][chosen],
                      found["predictions"][chosen], run.dataset.class_names)
     return path
 
 
-def examine(run, data, chosen, plan=None):
-    """`CapsNet.examine` of the examples with these numbers in the plan of the test, as arrays."""
-    plan = data.evaluation_plan() if plan is None else plan
-    plan = plan.take(chosen)
-    batch = next(iter(run.library.batches(data, plan, len(plan.index))))
-    seen = run.model.examine(data, batch, run.model.spectra())
+def examine(run, plan):
+    """`CapsNet.examine` of the test examples of a plan, and their labels, as arrays."""
+    batch = next(iter(run.library.batches(run.test_data, plan, len(plan.index))))
+    seen = run.model.examine(run.test_data, batch, run.model.spectra())
     return {name: value.numpy() for name, value in seen.items()} | {"labels": batch[2].numpy()}
 
 
 def reconstruction_test(run):
     """Draw one batch of test images and its reconstructions with both masks (section 4.1)."""
-    data, names = run.test_data, run.dataset.class_names
-    count = min(GRID_IMAGES, len(data.labels))
-    seen = examine(run, data, np.arange(count))
+    seen = examine(run, run.test_data.evaluation_plan().take(slice(GRID_IMAGES)))
     folder = Path(run.flags.sample_dir)
     grids = {"samples_arrange": seen["canvas"],
              "recon_samples_with_label_arrange": utils.merge(seen["with_label"]),
@@ -595,16 +584,16 @@ def reconstruction_test(run):
         utils.save_grid(folder / f"{name}.png", images)
     sheet = utils.save_reconstructions(
         folder / "reconstruction.png", seen["canvas"], seen["with_label"], seen["without_label"],
-        seen["labels"], seen["predictions"], names)
-    run.log_pictures("reconstructions", {"reconstructions": sheet})
+        seen["labels"], seen["predictions"], run.dataset.class_names)
+    run.log_picture("reconstructions", sheet)
     say_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
 
 
 def tweak_test(run):
     """Draw the reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
-    data, names, folder = run.test_data, run.dataset.class_names, Path(run.flags.tweak_dir)
+    names, folder = run.dataset.class_names, Path(run.flags.tweak_dir)
     deltas = run.library.TWEAKS
-    seen = examine(run, data, np.arange(min(run.flags.tweak_num, len(data.labels))))
+    seen = examine(run, run.test_data.evaluation_plan().take(slice(run.flags.tweak_num)))
     chosen = seen["predictions"][:, 0]
     images = run.library.tweak(run.model, seen["capsules"], chosen)  # (D, digits, steps, H, W, C)
     shown = [names[c] for c in chosen]
@@ -612,7 +601,7 @@ def tweak_test(run):
         utils.save_tweak(folder / f"tweak_result_{dim}.png", decoded, deltas, dim, shown)
     overview = utils.save_tweak_overview(folder / "overview.png", images[:, 0], deltas, shown[0])
     utils.save_sweep(folder / "sweep.gif", images, deltas, shown)
-    run.log_pictures("tweaks", {"tweaks": overview})
+    run.log_picture("tweaks", overview)
     say_written([folder / f"tweak_result_0.png to _{len(images) - 1}.png",
                  folder / "overview.png", folder / "sweep.gif"])
 
@@ -642,7 +631,7 @@ def predict(run):
     # Photographs are light or dark at their edges by chance: only what always is one way is turned.
     share = np.mean([utils.is_dark_on_light(image) for image in trained])
     turned = shape[-1] == 1 and (share < 0.05 or share > 0.95)
-    kept, images, texts, failed = [], [], [], []
+    kept, images, failed = [], [], []
     for path in paths:
         try:
             image = utils.read_image(path)
@@ -651,25 +640,22 @@ def predict(run):
             continue
         inverted = turned and utils.is_dark_on_light(image) != (share > 0.5)
         image, done = utils.fit_image(image, shape, inverted)
-        kept.append(path)
+        kept.append((path, done))
         images.append(image)
-        texts.append(done)
     rows, shown, captions = [], [], []
     for start in range(0, len(kept), run.library.ROUTED_AT_ONCE):
         part = np.stack(images[start:start + run.library.ROUTED_AT_ONCE])
         lengths, capsules = run.model(part / np.float32(255))
         mask = np.eye(len(names), dtype=np.float32)[np.argmax(lengths, axis=1)][:, None]
         shown.extend(run.model.decoder(capsules, mask).numpy()[:, 0])
-        for found in lengths.numpy():
-            number = len(rows)
+        for (path, done), found in zip(kept[start:], lengths.numpy()):
             best = [(names[k], float(found[k])) for k in np.argsort(-found)[:3]]
-            print(f"{kept[number]} ({texts[number]}): "
-                  + ", ".join(f"{name}: {value:.3f}" for name, value in best))
-            rows.append([kept[number], texts[number], *(cell for pair in best for cell in pair)])
+            print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
+            rows.append([path, done, *(cell for pair in best for cell in pair)])
             lines = [f"{name}: {value:.2f}" for name, value in best]
             if max(map(len, names)) < 4:  # short names have place beside each other
                 lines = ["  ".join(lines)]
-            captions.append([os.path.basename(kept[number]), *lines])
+            captions.append([os.path.basename(path), *lines])
     if rows:
         folder = Path(run.flags.sample_dir)
         heads = [f"{what}_{n}" for n in range(1, 1 + min(3, len(names))) for what in

@@ -701,15 +701,14 @@ def load_pretrained(model, folder):
     try:
         with np.load(path) as file:
             facts = json.loads(str(file["facts"]))
-            differing = differences(facts["shape"], shape_of(model))
-            values = {} if differing else {v.path: file[v.path] for v in model.variables}
+            if differing := differences(facts["shape"], shape_of(model)):
+                raise UserError(f"{path} is of another network: {differing}; leave these flags out, "
+                                "or train first, without --pretrained")
+            values = [file[v.path] for v in model.variables]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); put back the original") from None
-    if differing:
-        raise UserError(f"{path} is of another network: {differing}; leave these flags out, or "
-                        "train first, without --pretrained")
-    for variable in model.variables:
-        variable.assign(values[variable.path])
+    for variable, value in zip(model.variables, values):
+        variable.assign(value)
     return facts
 
 
@@ -1114,7 +1113,8 @@ class Trainer:
     def _draw_examples(self):
         """Reconstructions and tweaks of the first images, validation's if there are any."""
         data = self.validation or self.data
-        batch = next(iter(batches(data, data.evaluation_plan().take(slice(20)), 20)))
+        plan = data.evaluation_plan().take(slice(20))
+        batch = next(iter(batches(data, plan, len(plan.index))))
         seen = {name: value.numpy() for name, value in self.model.examine(data, batch).items()}
         if "with_label" not in seen:
             return  # a network that draws nothing

@@ -327,14 +327,9 @@ def patches_conv2d(images, kernel, stride):
     """Valid convolution as one matrix product with all patches, for images of few channels."""
     kh, kw, c, o = kernel.shape
     rows, columns = ((n - k) // stride + 1 for n, k in zip(images.shape[1:3], (kh, kw)))
-
-    def window(axis, start, n):
-        slices = [slice(None)] * 4
-        slices[axis] = slice(start, start + stride * (n - 1) + 1, stride)
-        return tuple(slices)
-
-    patches = tf.concat([images[window(1, y, rows)] for y in range(kh)], axis=-1)
-    patches = tf.concat([patches[window(2, x, columns)] for x in range(kw)], axis=-1)
+    high, wide = stride * (rows - 1) + 1, stride * (columns - 1) + 1
+    patches = tf.concat([images[:, y : y + high : stride] for y in range(kh)], axis=-1)
+    patches = tf.concat([patches[:, :, x : x + wide : stride] for x in range(kw)], axis=-1)
     by_column = tf.reshape(tf.transpose(kernel, (1, 0, 2, 3)), (kw * kh * c, o))
     return tf.reshape(tf.matmul(tf.reshape(patches, (-1, kw * kh * c)), by_column),
                       (-1, rows, columns, o))

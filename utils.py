@@ -151,12 +151,9 @@ def read_idx(path, remedy="put a good copy in its place"):
             if claim > bound:
                 raise unusable(f"its header claims {claim:,} bytes, at most {bound:,} are possible")
             data = bytearray()
-            while len(data) <= claim:
-                # The last read asks for one byte too many: it finds trailing bytes, or the end of
-                # the stream, where gzip compares the checksum.
-                chunk = file.read(min(2**20, claim + 1 - len(data)))
-                if not chunk:
-                    break
+            # The last read asks for one byte too many: it finds trailing bytes, or the end of the
+            # stream, where gzip compares the checksum.
+            while len(data) <= claim and (chunk := file.read(min(2**20, claim + 1 - len(data)))):
                 data += chunk
     except (OSError, EOFError, zlib.error) as error:
         raise unusable(getattr(error, "strerror", None) or error) from error
