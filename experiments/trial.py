@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -60,6 +61,7 @@ def commit():
 def start():
     """Import TensorFlow as main.py does: big buffers kept, remarks kept off the terminal."""
     utils.keep_big_buffers()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import main
 
     commit()
