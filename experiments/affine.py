@@ -231,21 +231,28 @@ def main(argv=None):
     return trial.report_errors("affine.py", lambda: compare(flags))
 
 
+def table(outcomes):
+    """Lines of Markdown; outcomes: {network: what `examine` returns}."""
+    heads = ["network", "parameters", "epochs", "held-out accuracy, %",
+             "test digits placed at random, %", "anywhere on the canvas, %",
+             "of affNIST's distribution, % (95% interval)", "the paper, affNIST, %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, outcome in outcomes.items():
+        n = outcome["images"]
+        low, high = interval(outcome["affine_right"], n)
+        lines.append(
+            f"| {NAMES[name]} | {outcome['parameters']:,} | {outcome['trained_epochs']:g} "
+            f"| {100 * outcome['held_out_accuracy']:.2f} | {100 * outcome['accuracy']:.2f} "
+            f"| {100 * outcome['places_right'] / n:.2f} "
+            f"| {100 * outcome['affine_right'] / n:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {PAPER[name]:g} |")
+    return lines
+
+
 def compare(flags):
     mnist = utils.load_dataset("mnist", flags.data_dir)
     outcomes = {name: examine(name, flags, mnist) for name in flags.networks}
-    n = len(mnist.y_test)
-    print("\n| network | parameters | epochs | held-out accuracy, % | test digits placed at random, % "
-          "| anywhere on the canvas, % | of affNIST's distribution, % (95% interval) "
-          "| the paper, affNIST, % |")
-    print("|---" * 8 + "|")
-    for name, outcome in outcomes.items():
-        low, high = interval(outcome["affine_right"], n)
-        print(f"| {NAMES[name]} | {outcome['parameters']:,} | {outcome['trained_epochs']:g} "
-              f"| {100 * outcome['held_out_accuracy']:.2f} | {100 * outcome['accuracy']:.2f} "
-              f"| {100 * outcome['places_right'] / n:.2f} "
-              f"| {100 * outcome['affine_right'] / n:.2f} ({low:.2f} to {high:.2f}) "
-              f"| {PAPER[name]:g} |")
+    print("\n" + "\n".join(table(outcomes)))
     output = Path(flags.output)
     utils.write_json(output / "affine.json", outcomes)
     draw(output / "affine.png", outcomes)
@@ -253,7 +260,7 @@ def compare(flags):
         if outcome["held_out_accuracy"] < flags.accuracy / 100 - 1e-9:
             print(f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in "
                   f"{outcome['trained_epochs']:g} epochs; to go on: a larger --epochs.")
-    print(f"\n{n:,} digits of affNIST's distribution made from MNIST's test digits, not the affNIST file. "
+    print(f"\n{len(mnist.y_test):,} digits of affNIST's distribution made from MNIST's test digits, not the affNIST file. "
           f"Wrote {output / 'affine.json'}, {output / 'affine.png'}")
     return 0
 
