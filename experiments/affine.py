@@ -258,8 +258,9 @@ def compare(flags):
     draw(output / "affine.png", outcomes)
     for name, outcome in outcomes.items():
         if outcome["held_out_accuracy"] < flags.accuracy / 100 - 1e-9:
-            print(f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in "
-                  f"{outcome['trained_epochs']:g} epochs; to go on: a larger --epochs.")
+            epochs = outcome["trained_epochs"]
+            print(f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in {epochs:g} "
+                  f"epoch{'s' * (epochs != 1)}; to go on: a larger --epochs.")
     print(f"\n{len(mnist.y_test):,} digits of affNIST's distribution made from MNIST's test digits, not the affNIST file. "
           f"Wrote {output / 'affine.json'}, {output / 'affine.png'}")
     return 0

@@ -102,7 +102,7 @@ def draw(path, results, dataset):
     names = [f"CapsNet, routing {row[0]},\n{'with' if 'yes' in row else 'no'} reconstruction"
              if row != "cnn" else "Baseline CNN" for row in results]
     epochs = next(iter(results.values()))[0]["epochs"]
-    utils.label_panel(panel, f"Test error on {dataset}, %, after {epochs} epochs here")
+    utils.label_panel(panel, f"Test error on {dataset}, %, after {epochs} epoch{'s' * (epochs > 1)} here")
     panel.set_xticks(range(len(names)), names)
     panel.grid(visible=False, axis="x")
     panel.legend(fontsize=7, frameon=False)

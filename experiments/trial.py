@@ -136,7 +136,8 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
             if until and trainer.step == math.ceil(trained * trainer.steps_per_epoch):
                 with trainer.averaged():
                     reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
-                display.report(f"Held-out accuracy after {trained:g} epochs: {100 * reached:.2f}%")
+                display.report(f"Held-out accuracy after {trained:g} epoch{'s' * (trained != 1)}: "
+                               f"{100 * reached:.2f}%")
                 if reached > enough - 1e-9:  # 99.23 / 100 is a little more than 9923 / 10000
                     break
     model.load_weights(network, folders.checkpoint, print)

@@ -367,7 +367,7 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     reached = 100 * outcome["held_out_accuracy"]
     assert f"| CNN | {outcome['parameters']:,} | 1 | {reached:.2f} |" in first
     anywhere = 100 * outcome["places_right"] / 20
-    assert f"| {anywhere:.2f} | {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epochs; to go on" in first
+    assert f"| {anywhere:.2f} | {right:.2f} (" in first and "CNN did not reach 99.23% in 1 epoch; to go on" in first
     assert {name: len(values) for name, values in outcome["sweeps"].items()} == {
         "rotation": 4, "shear": 4, "scale": 4, "translation": 4}
     at_rest = {outcome["sweeps"][name][place] for name, place in (
@@ -390,6 +390,21 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     (50, 100, 40.383, 59.617), (0, 10, 0.0, 27.753), (7900, 10000, 78.190, 79.787)])
 def test_the_interval_is_wilsons(right, n, low, high):
     assert affine.interval(right, n) == pytest.approx((low, high), abs=2e-3)
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_the_tables_in_the_readme_are_made_from_what_the_experiments_left():
+    readme, folder = (ROOT / "README.md").read_text(), ROOT / "results/experiments"
+    table1_mnist, found = (json.loads((folder / f"{name}.json").read_text())
+                           for name in ("table1_MNIST", "affine"))
+    for lines in table1.table(table1_mnist, "MNIST"), affine.table(found):
+        assert "\n" + "\n".join(lines) + "\n" in readme
+    routed = json.loads((folder / "routing.json").read_text())
+    for number in (1, 2, 3, 5, 10):
+        change, entropy = (routed[name][number - 1] for name in ("changes", "entropies_bits"))
+        assert f"| {number} | {change:.5f} | {entropy:.4f} |" in readme
 
 
 # ---------------------------------------------------------------- routing, watched
