@@ -10,7 +10,6 @@ import shutil
 import signal
 import tempfile
 import time
-import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -705,7 +704,7 @@ def load_pretrained(model, folder):
                 raise UserError(f"{path} is of another network: {differing}; leave these flags out, "
                                 "or train first, without --pretrained")
             values = [file[v.path] for v in model.variables]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, *utils.NPZ_ERRORS) as error:
         raise UserError(f"{path} is damaged ({error}); put back the original") from None
     for variable, value in zip(model.variables, values):
         variable.assign(value)

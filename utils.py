@@ -104,6 +104,9 @@ CLASS_NAMES = {
     "kmnist": tuple(_KMNIST.split(",")),
 }
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# What numpy raises for a file that is no .npz, or a damaged one.
+NPZ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+              tokenize.TokenError)
 _MAX_CLASSES = 1000  # more is rather a mistake in the labels
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images
 _MAX_EXPANSION = 1032  # of deflate: at best two bits for a run of 258 bytes
@@ -215,8 +218,7 @@ def _read_npz(path):
         raise UserError(f"{path} does not exist; give the path of a .npz file") from None
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}; {expected}") from None
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile,
-            zlib.error, tokenize.TokenError) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path} cannot be read ({error}); {expected}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]

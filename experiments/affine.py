@@ -257,7 +257,7 @@ def compare(flags):
     utils.write_json(output / "affine.json", outcomes)
     draw(output / "affine.png", outcomes)
     for name, outcome in outcomes.items():
-        if outcome["held_out_accuracy"] < flags.accuracy / 100 - 1e-9:
+        if not trial.reaches(outcome["held_out_accuracy"], flags.accuracy / 100):
             epochs = outcome["trained_epochs"]
             print(f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in {epochs:g} "
                   f"epoch{'s' * (epochs != 1)}; to go on: a larger --epochs.")

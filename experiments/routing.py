@@ -7,6 +7,7 @@ and, beyond the paper, the entropy of the coupling coefficients c_ij over the up
 routing.png and routing.json.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def draw(path, changes, entropies, classes):
 
 def main(argv=None):
     parser = trial.Parser(__doc__)
-    parser.add_argument("--iterations", type=trial.positive, default=10,
-                        help="iterations to watch (default 10)")
+    parser.add_argument("--iterations", type=functools.partial(trial.positive, most=100), default=10,
+                        help="iterations to watch, 1 to 100 (default 10)")
     parser.add_argument("--checkpoint", help="folder of a trained network of the default sizes; "
                         "without it the weights that come with the program")
     parser.add_argument("--output", default="runs/routing", help="folder (default runs/routing)")

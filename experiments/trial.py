@@ -32,10 +32,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def positive(text):
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+def positive(text, most=math.inf):
+    if not re.fullmatch(r"\d+", text) or not 1 <= int(text) <= most:
+        bound = f" to {most}" * (most < math.inf)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1{bound}")
     return int(text)
+
+
+def reaches(accuracy, enough):
+    """Whether an accuracy is enough; 99.23 / 100 is a little more than 9923 / 10000."""
+    return accuracy > enough - 1e-9
 
 
 def some_of(names):
@@ -118,7 +124,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
     if result.exists():
         outcome = json.loads(result.read_text())
         # One that was not good enough may now have more epochs.
-        if not until or outcome["held_out_accuracy"] > until[0] - 1e-9 or (
+        if not until or reaches(outcome["held_out_accuracy"], until[0]) or (
                 outcome["trained_epochs"] >= epochs):
             return outcome, folder
     folders = model.Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
@@ -138,7 +144,7 @@ def run(folder, make, train_data, test_data, how, epochs, plan=None, until=None)
                     reached = model.evaluate(forward, held_out, held_out_plan)["accuracy"]
                 display.report(f"Held-out accuracy after {trained:g} epoch{'s' * (trained != 1)}: "
                                f"{100 * reached:.2f}%")
-                if reached > enough - 1e-9:  # 99.23 / 100 is a little more than 9923 / 10000
+                if reaches(reached, enough):
                     break
     model.load_weights(network, folders.checkpoint, print)
     found = model.evaluate(model.compile_forward(network, test_data, True), test_data,

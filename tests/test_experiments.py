@@ -249,7 +249,8 @@ def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
     (table1, "--rows=2-yes"), (table1, "--rows=cnn,cnn"), (table1, "--seeds=a"),
     (table1, "--seeds=1,1"), (table1, "--seeds=5000000000"), (table1, "--epochs=0"),
     (table1, "--dataset=x"), (affine, "--networks=resnet"), (affine, "--accuracy=0.99"),
-    (affine, "--accuracy=nan"), (affine, "--accuracy=x"), (routing, "--iterations=0")])
+    (affine, "--accuracy=nan"), (affine, "--accuracy=x"), (routing, "--iterations=0"),
+    (routing, "--iterations=101")])
 def test_wrong_words_are_usage_errors(program, words, capsys):
     with pytest.raises(SystemExit) as stop:
         program.main([words])
