@@ -1,0 +1,1 @@
+"""What main.py dispatches to: a file for each mode."""

@@ -1,0 +1,165 @@
+"""`--test`: accuracy and losses over all test images."""
+
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import utils
+from commands.pictures import outputs_of
+from commands.train import summarize
+from config import TrainingConfig
+from runtime import Display, provenance, say_written
+from training.evaluation import BATCH_SIZE, Evaluator
+from training.events import read_scalars, replacing_events, write_scalars
+
+RIGHT_PAIRS, WRONG_PAIRS = 14, 6  # on the sheet of overlapping digits
+
+
+def test(session):
+    """Measure all test images; print it, and write LOGDIR/RUN/test.json and pictures of errors."""
+    plan = session.test_data.evaluation_plan(session.flags.multi_test_pairs)
+    evaluation, images_per_second = measure(session, plan)
+    if not session.chief:
+        return
+    result = make_result(session, evaluation, images_per_second)
+    print_result(result, evaluation, session.test_data.overlap)
+    folder, samples = session.folders.logs, Path(session.flags.sample_dir)
+    utils.write_json(folder / "test.json", result)
+    matrix = samples / "confusion_matrix.png"
+    with replacing_events(folder / "test", "evaluation", session.metadata["step"]):
+        write_scalars(result["total_loss"], evaluation.losses, evaluation.accuracy)
+        summarize(evaluation, session.test_data, matrix)
+    if session.test_data.overlap:
+        pictures = [save_multi_sheet(session, plan, evaluation)]
+    else:
+        pictures = [matrix, save_misclassified(session, plan, evaluation)]
+    say_written([folder / "test.json", *pictures])
+
+
+def measure(session, plan):
+    """Evaluate the test images of a plan.
+
+    Returns:
+        Evaluation, and images per second without the time to compile.
+    """
+    data = session.test_data
+    evaluator = Evaluator(session.network, session.jit, session.strategy)
+    evaluator.evaluate(data, plan.take(slice(BATCH_SIZE)))  # compiles
+    began, total = time.perf_counter(), len(plan.index)
+    with Display() as display:
+        evaluation = evaluator.evaluate(
+            data, plan, lambda done: display.show_count("Testing", done, total)
+        )
+    return evaluation, total / (time.perf_counter() - began)
+
+
+def digits_found(evaluation):
+    """Tell of each digit (N, K) whether its class is among the predicted ones."""
+    return (evaluation.labels[:, :, None] == evaluation.predictions[:, None]).any(axis=2)
+
+
+def make_result(session, evaluation, images_per_second):
+    """Return what test.json says."""
+    training, found = session.metadata["training"], digits_found(evaluation)
+    wrong, images = int(np.sum(~evaluation.correct)), len(evaluation.correct)
+    per_class = {}
+    for number, name in enumerate(session.dataset.class_names):
+        shown = evaluation.labels == number
+        per_class[name] = float(found[shown].mean()) if shown.any() else None
+    weight = training["reconstruction_weight"]
+    return {
+        "accuracy": evaluation.accuracy,
+        "error_percent": 100 * wrong / images,
+        "wrong": wrong,
+        "images": images,
+        "digit_accuracy": float(found.mean()),
+        "margin_loss": evaluation.losses["margin"],
+        "reconstruction_loss": evaluation.losses["reconstruction"],
+        "total_loss": TrainingConfig(reconstruction_weight=weight).total_loss(evaluation.losses),
+        "accuracy_per_class": per_class,
+        "images_per_second": images_per_second,
+        "dataset": session.name,
+        "checkpoint_step": session.metadata["step"],
+        "seed": training["seed"],
+        "training": training,
+        "training_seconds": training_seconds(session),
+        "flags": session.flags.flag_values_dict(),
+        "command": shlex.join(session.argv),
+        **provenance(),
+        "commit": session.commit,
+    }
+
+
+def training_seconds(session):
+    """Return how long the weights were trained, by their events; None if these are gone."""
+    if "seconds" in session.metadata:
+        return session.metadata["seconds"]
+    step = session.metadata["step"]
+    scalars, seconds = read_scalars(session.folders.logs / "train", step)
+    steps = scalars.get("loss/total", ([],))[0]
+    whole = len(steps) > 0 and (steps[0], steps[-1]) == (1, step)
+    return seconds if whole else None
+
+
+def print_result(result, evaluation, overlap):
+    """Print accuracy, losses and the accuracy of each class."""
+    digits = pairs = ""
+    if overlap:
+        digits = f" (both digits right; of single digits {100 * result['digit_accuracy']:.2f}%)"
+        pairs = "pairs "
+    print(
+        f"Test accuracy {100 * result['accuracy']:.2f}%{digits}, error "
+        f"{result['error_percent']:.2f}%, {result['wrong']} of {result['images']} {pairs}wrong"
+    )
+    print(
+        f"Margin loss {result['margin_loss']:.5f}, reconstruction loss "
+        f"{result['reconstruction_loss']:.3f}, total {result['total_loss']:.5f}; "
+        f"{result['images_per_second']:.0f} images/s"
+    )
+    shares = result["accuracy_per_class"].items()
+    known = [f"{name} {100 * share:.2f}%" for name, share in shares if share is not None]
+    print("Accuracy per class: " + ", ".join(known))
+
+
+def save_misclassified(session, plan, evaluation):
+    """Draw the misclassified images with their numbers in the test set; return the file."""
+    path = Path(session.flags.sample_dir) / "misclassified.png"
+    wrong = ~evaluation.correct
+    numbers = plan.index[wrong, 0]
+    figures.save_misclassified(
+        path,
+        session.test_data.images[numbers],
+        numbers,
+        evaluation.labels[wrong, 0],
+        evaluation.predictions[wrong, 0],
+        evaluation.scores[wrong],
+        session.dataset.class_names,
+    )
+    return path
+
+
+def save_multi_sheet(session, plan, evaluation):
+    """Draw the first right pairs and the first wrong ones (figure 5); return the file."""
+    right = np.flatnonzero(evaluation.correct)
+    wrong = np.flatnonzero(~evaluation.correct)
+    chosen = np.concatenate([right[:RIGHT_PAIRS], wrong[:WRONG_PAIRS]])
+    title = (
+        f"Overlapping digits: {len(wrong):,} of {len(evaluation.correct):,} pairs wrong; the first "
+        f"{len(right[:RIGHT_PAIRS])} right ones, then the first {len(wrong[:WRONG_PAIRS])} wrong "
+        "ones"
+    )
+    outputs, _ = outputs_of(session, plan.take(chosen))
+    path = Path(session.flags.sample_dir) / "multi_MNIST.png"
+    figures.save_multi(
+        path,
+        title,
+        outputs.canvas,
+        outputs.without_label,
+        evaluation.labels[chosen],
+        evaluation.predictions[chosen],
+        session.dataset.class_names,
+    )
+    return path

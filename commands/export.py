@@ -1,0 +1,166 @@
+"""`--export`: write the network for use without this program; and read `pretrained/`."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import ops
+import utils
+from commands.evaluate import training_seconds
+from errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from model import CapsNet
+from runtime import ROOT, say_written
+from training.checkpoints import by_path, differences
+
+METADATA = "facts"  # its key in weights.npz
+
+
+def export(session):
+    """Write the network to a new folder, with a card that says what it is.
+
+    Raises:
+        UserError: the folder is not new, or cannot be written.
+    """
+    folder, result = Path(session.flags.export), None
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads((session.folders.logs / "test.json").read_text())
+    metadata = session.metadata | {"seconds": training_seconds(session)}
+    card = model_card(session, metadata, result)
+    write_network(session.network, folder, metadata, card, session.test_data.digits_per_example)
+    names = ("capsnet.keras", "saved_model", "weights.npz", "README.md")
+    say_written([folder / name for name in names])
+
+
+def check_new(folder):
+    """Raise UserError if a folder is there and not empty, or is a file."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} is there already, expected a new or empty folder; give another name"
+        )
+
+
+def write_network(network, folder, metadata, card, digits=1):
+    """Write a network to a new folder, all of it or nothing.
+
+    Args:
+        network: CapsNet. It is written with direct convolutions, which run on any machine.
+        folder: gets capsnet.keras (needs ops and model to be imported), saved_model (needs only
+            TensorFlow), weights.npz (float16, for `load_pretrained`) and README.md.
+        metadata: of the checkpoint.
+        card: text of README.md.
+        digits: K, in each image.
+
+    Raises:
+        UserError: the folder is there and not empty, or cannot be written.
+    """
+    check_new(folder)
+    folder = Path(folder)
+    portable = CapsNet(**network.settings | {"conv": "direct"}, dtype="float32")
+    portable.set_weights(network.get_weights())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as outer:
+        whole = Path(outer, folder.name)
+        archive_with_endpoint(portable, digits).write_out(str(whole / "saved_model"), verbose=False)
+        portable.save(whole / "capsnet.keras")
+        halves = {
+            path: value.numpy().astype(np.float16)
+            for path, value in by_path(network.variables).items()
+        }
+        np.savez_compressed(whole / "weights.npz", **{METADATA: json.dumps(metadata)}, **halves)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        os.replace(whole, folder)
+
+
+def archive_with_endpoint(network, digits):
+    """Return an ExportArchive that serves lengths, capsules and reconstructions of images."""
+
+    def serve(images):
+        lengths, capsules = network(images)
+        mask = ops.label_mask(ops.longest(lengths, digits), lengths.shape[1])
+        return {
+            "lengths": lengths,
+            "capsules": capsules,
+            "reconstructions": network.decoder(capsules, mask),
+        }
+
+    archive = keras.export.ExportArchive()
+    archive.track(network)
+    shape = (None, *network.settings["image_shape"])
+    archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
+    return archive
+
+
+def load_pretrained(network, folder):
+    """Give a network the weights that `write_network` wrote to a folder.
+
+    Returns:
+        Their metadata.
+
+    Raises:
+        NoPretrainedWeights: there are none.
+        PretrainedMismatch: they belong to another network.
+        UserError: they are damaged.
+    """
+    path = Path(folder) / "weights.npz"
+    if not path.exists():
+        others = sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz"))
+        raise NoPretrainedWeights(path.parent.name, ", ".join(others))
+    try:
+        with np.load(path) as file:
+            metadata = json.loads(str(file[METADATA]))
+            if different := differences(metadata["shape"], network.architecture):
+                raise PretrainedMismatch(path, different)
+            values = [file[v.path] for v in network.variables]
+    except (KeyError, *utils.NPZ_ERRORS) as error:
+        raise UserError(f"{path} is damaged ({error}); put back the original") from None
+    for variable, value in zip(network.variables, values, strict=True):
+        variable.assign(value)
+    return metadata
+
+
+def model_card(session, metadata, result):
+    """Describe a network in Markdown: its training, what it reaches and how to load it.
+
+    Args:
+        session: Session.
+        metadata: of the weights, with the seconds of their training.
+        result: what `test` wrote, or None; it is quoted if it is of these weights.
+    """
+    training, (height, width, channels) = metadata["training"], metadata["shape"]["image_shape"]
+    tested = result and (result["checkpoint_step"], result["training"])
+    if tested == (metadata["step"], training):
+        measured = (
+            f"{result['error_percent']:.2f}% error ({result['wrong']:,} of "
+            f"{result['images']:,} wrong), {result['date'][:10]}, TensorFlow "
+            f"{result['versions']['tensorflow']}."
+        )
+    else:
+        measured = "Not measured: these weights were exported without a test of them."
+    seconds = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
+    settings = (metadata["shape"] | training).items()
+    return (
+        (ROOT / "assets" / "model_card.md")
+        .read_text("utf-8")
+        .format(
+            name=session.name,
+            parameters=f"{session.network.count_params():,}",
+            steps=f"{metadata['step']:,}",
+            seconds=seconds,
+            height=height,
+            width=width,
+            channels=channels,
+            figures=measured,
+            dims=metadata["shape"]["digit_dim"],
+            shown=session.test_data.digits_per_example,
+            classes=len(session.dataset.class_names),
+            names=", ".join(session.dataset.class_names),
+            settings="\n".join(f"| {name} | {value} |" for name, value in settings),
+        )
+    )

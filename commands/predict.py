@@ -1,0 +1,122 @@
+"""`--predict`: say what is on image files."""
+
+import glob
+import os
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import utils
+from errors import UserError
+from model import CHUNK_SIZE
+from runtime import say_written
+
+LIKELIEST = 3  # classes that are named for each file
+
+
+def matching_files(pattern):
+    """Return the files that a pattern matches, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = os.path.expanduser(pattern)
+    paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    files = [path for path in paths if os.path.isfile(path)]
+    if os.path.isdir(path):
+        raise UserError(
+            f"--predict={pattern} is a folder, expected image files; give a quoted pattern, "
+            f"such as '{os.path.join(pattern, '*')}'"
+        )
+    if not files:
+        raise UserError(
+            f"--predict={pattern} matches no file, expected image files; quote a "
+            "pattern, and ** stands for folders in folders"
+        )
+    return files
+
+
+def predict(session):
+    """Print what the network sees on image files, and write a CSV file and a sheet.
+
+    Raises:
+        UserError: no file matches, or some cannot be read; the others are predicted then.
+    """
+    paths = matching_files(session.flags.predict)
+    names = session.dataset.class_names
+    files, images, failed = read_images(session, paths)
+    rows, captions, reconstructions = [], [], []
+    for start in range(0, len(files), CHUNK_SIZE):
+        lengths, decoded = classify(session.network, images[start : start + CHUNK_SIZE])
+        reconstructions.extend(decoded)
+        chunk = files[start : start + CHUNK_SIZE]
+        for (path, done), scores in zip(chunk, lengths, strict=True):
+            best = [(names[k], float(scores[k])) for k in np.argsort(-scores)[:LIKELIEST]]
+            print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
+            rows.append([path, done, *(cell for pair in best for cell in pair)])
+            captions.append(caption(path, best, names))
+    if rows:
+        folder = Path(session.flags.sample_dir)
+        numbers = range(1, 1 + min(LIKELIEST, len(names)))
+        header = [f"{column}_{n}" for n in numbers for column in ("class", "length")]
+        utils.write_csv(folder / "predictions.csv", ["file", "done", *header], rows)
+        sheet = folder / "predictions.png"
+        figures.save_predictions(sheet, images, reconstructions, captions)
+        say_written([folder / "predictions.csv", sheet])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
+
+
+def read_images(session, paths):
+    """Read image files and make them look like the training images.
+
+    Returns:
+        (path, what was done to the image) of each file that can be read, their images (uint8), and
+        the errors of the others.
+    """
+    shape = session.test_data.canvas_shape()
+    ground = training_ground(session.train_data.images) if shape[-1] == 1 else None
+    files, images, failed = [], [], []
+    for path in paths:
+        try:
+            image = utils.read_image(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        ground_here = "light" if utils.is_dark_on_light(image) else "dark"
+        inverted = ground is not None and ground_here != ground
+        image, done = utils.fit_image(image, shape, inverted)
+        files.append((path, done))
+        images.append(image)
+    return files, images, failed
+
+
+def training_ground(images):
+    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
+
+    The edges of photographs are light or dark by chance, so those are not inverted.
+    """
+    sample = images[:: max(1, len(images) // 1000)]
+    light = np.mean([utils.is_dark_on_light(image) for image in sample])
+    if light > 0.95:
+        return "light"
+    if light < 0.05:
+        return "dark"
+    return None
+
+
+def classify(network, images):
+    """Return the lengths (N, J) for images (N, H, W, C) uint8, and the reconstructions."""
+    lengths, capsules = network(np.stack(images) / np.float32(255))
+    longest = np.argmax(lengths, axis=1)
+    mask = np.eye(lengths.shape[1], dtype=np.float32)[longest][:, None]
+    return lengths.numpy(), network.decoder(capsules, mask).numpy()[:, 0]
+
+
+def caption(path, best, names):
+    """Return the lines below an image: the file's name and the likeliest classes."""
+    lines = [f"{name}: {value:.2f}" for name, value in best]
+    if max(map(len, names)) < 4:  # short names fit in one line
+        lines = ["  ".join(lines)]
+    return [os.path.basename(path), *lines]

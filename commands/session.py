@@ -1,0 +1,158 @@
+"""What every mode needs, made from the flags: devices, data, folders, the network, its weights."""
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+import config
+import runtime
+import utils
+from commands.export import load_pretrained
+from errors import UsageError, UserError
+from input_pipeline import Data
+from model import CapsNet
+from training.checkpoints import claim, load_weights
+from training.distribution import choose_strategy, is_chief
+from training.events import replacing_events
+from training.trainer import Folders
+
+PICTURE_MODES = ("test", "reconstruction_test", "tweak_test", "export")
+
+
+class Session:
+    """Devices, data, folders and network for the flags given.
+
+    Args:
+        flags: values of the flags.
+        argv: the command line.
+
+    Raises:
+        UsageError: a flag asks for what this machine does not have.
+        UserError: the data set, or the cluster, is not usable.
+    """
+
+    def __init__(self, flags, argv):
+        self.flags, self.argv = flags, argv
+        self.commit = runtime.commit()  # now: it may be another one after an hour of training
+        gpu = runtime.has_gpu()
+        if flags.precision != "float32" and not gpu:
+            raise UsageError(
+                "--precision=mixed_bfloat16 is for accelerators and there is none here, "
+                "expected --precision=float32, which is several times faster on a CPU"
+            )
+        if flags.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        self.strategy = choose_strategy(flags.strategy, runtime.waiting_for_workers())
+        self.chief = is_chief(self.strategy)
+        self.conv = runtime.fastest_conv() if flags.conv == "auto" else flags.conv
+        fast = gpu or self.conv == "dft"
+        self.jit = fast if flags.jit == "auto" else flags.jit == "on"
+        self.dataset = utils.load_dataset(flags.dataset, data_folder(flags))
+        self.name = f"multi_{self.dataset.name}" if flags.multi_MNIST else self.dataset.name
+        # More images than there are is the same run as all of them.
+        self.train_size = flags.train_size if flags.train_size < len(self.dataset.y_train) else 0
+        self.train_data, self.test_data = self._compose()
+        self.folders = self._name_folders()
+        self.metadata = None  # of the weights, once they are loaded
+
+    def _compose(self):
+        """Return the Data of training and test (sections 5 and 6)."""
+        flags, dataset = self.flags, self.dataset
+        size = self.train_size or None
+        if flags.multi_MNIST:
+            padding = config.MULTI_PADDING
+            train_shift, test_shift = config.MULTI_SHIFT, config.MULTI_SHIFT
+        else:
+            padding, test_shift = 0, 0
+            train_shift = config.MAX_SHIFT if flags.data_deformation else 0
+        names, overlap = dataset.class_names, flags.multi_MNIST
+        train, labels = dataset.x_train[:size], dataset.y_train[:size]
+        return (
+            Data(train, labels, padding, train_shift, overlap, names),
+            Data(dataset.x_test, dataset.y_test, padding, test_shift, overlap, names),
+        )
+
+    def _name_folders(self):
+        flags = self.flags
+        checkpoints = flags.multi_checkpoint_dir if flags.multi_MNIST else flags.checkpoint_dir
+        # Pretrained weights do not go among the figures of a run of the user's own.
+        logs = f"{self.name}_pretrained" if flags.pretrained else self.name
+        return Folders(
+            checkpoint=Path(checkpoints, self.name),
+            best=Path(flags.val_checkpoint_dir, self.name),
+            logs=Path(flags.logdir, logs),
+        )
+
+    @property
+    def network_config(self):
+        """Return the NetworkConfig that the flags give."""
+        names = set(config.NetworkConfig._fields) & set(self.flags)
+        return config.NetworkConfig(**{name: getattr(self.flags, name) for name in names})
+
+    @functools.cached_property
+    def network(self):
+        """Return the network, created at the first use; its weights depend on the seed alone."""
+        tf.keras.utils.set_random_seed(self.flags.seed)
+        with self.strategy.scope():
+            return CapsNet(
+                self.train_data.canvas_shape(),
+                len(self.dataset.class_names),
+                **self.network_config._asdict(),
+                conv=self.conv,
+                initialization=self.flags.initialization,
+                dtype=self.flags.precision,
+            )
+
+    def digest(self, train_size):
+        """Return a fingerprint of the first `train_size` training images, or of all (0)."""
+        digest = hashlib.sha256()
+        for part in (self.dataset.x_train, self.dataset.y_train):
+            digest.update(np.ascontiguousarray(part[: train_size or None]))
+        return digest.hexdigest()[:16]
+
+    def load(self):
+        """Restore the weights to be examined, and print which.
+
+        Raises:
+            UserError: there are none, or they do not fit the network or the classes.
+        """
+        if self.flags.pretrained:
+            folder = self._pretrained_folder()
+            self.metadata = load_pretrained(self.network, folder)
+        else:
+            best = self.flags.validation_check
+            folder = self.folders.best if best else self.folders.checkpoint
+            self.metadata = load_weights(self.network, folder, print)
+            if self.chief and any(getattr(self.flags, mode) for mode in PICTURE_MODES):
+                claim(self.folders.logs, self.folders.checkpoint)  # its files are of one run
+        training, names = self.metadata["training"], list(self.dataset.class_names)
+        if training.get("class_names", names) != names:
+            raise UserError(
+                f"{folder} was trained on other classes: {training['class_names']} there and "
+                f"{names} here; give the --dataset that it was trained on"
+            )
+        if training["data"] != self.digest(training["train_size"]):
+            print("These weights were trained on other images than those of --dataset.")
+        averaged = ", averaged over the last steps" if training.get("averaging") else ""
+        print(f"Weights of step {self.metadata['step']} from {folder}{averaged}")
+
+    def _pretrained_folder(self):
+        if self.flags.dataset in utils.CLASS_NAMES:
+            return runtime.ROOT / "pretrained" / self.name
+        return runtime.ROOT / "pretrained" / self.flags.dataset.replace(os.sep, "_")
+
+    def show_picture(self, name, picture):
+        """Show a picture (H, W, 3) in TensorBoard, in place of that of an earlier command."""
+        with replacing_events(self.folders.logs / "test", name, self.metadata["step"]):
+            tf.summary.image(name, picture[None])
+
+
+def data_folder(flags):
+    """Return the folder of the data sets: by default the program's own, wherever it is called."""
+    if flags["data_dir"].present or os.path.isdir(flags.data_dir):
+        return flags.data_dir
+    return runtime.ROOT / flags.data_dir

@@ -1,0 +1,214 @@
+"""`--train`: train, or resume from the last checkpoint."""
+
+import math
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+import config
+import figures
+import model
+import utils
+from input_pipeline import batches, split_validation
+from runtime import Display, plural, say_written
+from training.events import read_scalars
+from training.trainer import Trainer
+
+EXAMPLES = 20  # images in a picture of reconstructions
+
+
+def train(session, other_modes):
+    """Train, and print where the weights are and what to do next.
+
+    Args:
+        session: Session.
+        other_modes: names of the modes that do something with what was trained.
+
+    Raises:
+        UserError: see `Trainer.fit`.
+    """
+    flags = session.flags
+    if flags.multi_MNIST and flags.data_deformation:
+        print(
+            "--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
+            f"{config.MULTI_SHIFT} pixels."
+        )
+    if session.chief:
+        print("\n".join(describe(session)), flush=True)
+    with Display() as display:
+        trainer = make_trainer(session, display.report)
+        began = time.perf_counter()
+        trained = trainer.fit(
+            flags.epoch,
+            flags.save_steps,
+            flags.restart,
+            on_step=display.show_step,
+            on_resume=lambda step: display.report(
+                f"Resuming from step {step} ({session.folders.checkpoint})."
+            ),
+            texts={"flags": flag_table(flags), "command": shlex.join(session.argv)},
+        )
+    curve = Path(flags.sample_dir) / "learning_curve.png"
+    if not trained:
+        done = trainer.state.step // trainer.steps_per_epoch
+        print(
+            f"This run is finished: {plural(done, 'epoch')} in {session.folders.checkpoint}. "
+            f"To train longer: --epoch={done + 10}; to start over: --restart."
+        )
+    else:
+        print(
+            f"Trained to step {trainer.state.step} in {time.perf_counter() - began:.0f} s; "
+            f"checkpoint in {session.folders.checkpoint}."
+        )
+    if session.chief and (trained or not curve.exists()):
+        draw_learning_curves(session.folders.logs, curve, trainer.steps_per_epoch)
+    if trained and not any(getattr(flags, mode) for mode in other_modes):
+        print(next_command(flags, ("train", *other_modes)))
+
+
+def next_command(flags, modes):
+    """Return the command that examines what was trained.
+
+    It has the same flags, since they say which network and which run. One machine is enough.
+    """
+    left_out = (*modes, "epoch", "restart", "strategy")
+    kept = [
+        flags[name].serialize() for name in flags if flags[name].present and name not in left_out
+    ]
+    return "Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(kept)
+
+
+def describe(session):
+    """Describe what will be trained, before it takes memory and time.
+
+    Returns:
+        Lines: the layers with their outputs and parameters, the data, the memory.
+
+    Raises:
+        ImageTooSmall: two convolutions leave nothing of an image.
+    """
+    data, flags = session.train_data, session.flags
+    held_out = len(data.labels) // 6 if flags.validation_check else 0
+    images = len(data.labels) - held_out
+    sizes = model.layer_sizes(data.canvas_shape(), len(data.class_names), session.network_config)
+    copies = 2 if flags.validation_check else 1
+    memory = model.memory_needed(
+        sizes,
+        flags.batch_size / session.strategy.num_replicas_in_sync,
+        data.images.nbytes * copies,
+    )
+    total = sum(count for *_, count in sizes)
+    lines = [f"CapsNet                   output  {total:>12,} parameters"]
+    for name, output, count in sizes:
+        lines.append(f"  {name:<18}{' × '.join(map(str, output)):<16}{count:>10,}")
+    shape = "×".join(map(str, data.canvas_shape()))
+    pairs = " in pairs" if data.overlap else ""
+    lines.append(
+        f"{images:,} training images{pairs} of {shape}, {len(data.class_names)} classes; batches "
+        f"of {flags.batch_size}, {math.ceil(images / flags.batch_size):,} steps an epoch; training "
+        f"takes about {memory / 1e9:.1f} GB of memory"
+    )
+    return lines
+
+
+def make_trainer(session, report):
+    """Make the Trainer of a session.
+
+    Args:
+        session: Session.
+        report: takes a line of text for the user.
+    """
+    flags, data, validation = session.flags, session.train_data, None
+    if flags.validation_check:
+        kept, held_out = split_validation(len(data.labels), flags.seed)
+        data, validation = data.subset(kept), data.subset(held_out)
+    names = config.TrainingConfig._fields
+    return Trainer(
+        session.network,
+        data,
+        config.TrainingConfig(**{name: getattr(flags, name) for name in names}),
+        session.folders,
+        run_metadata(session),
+        validation,
+        session.jit,
+        session.strategy,
+        report,
+        draw=lambda: draw_examples(session.network, validation or data),
+        summarize=lambda evaluation: summarize(evaluation, data),
+    )
+
+
+def run_metadata(session):
+    """Return what a resumed run must share with its beginning, besides the TrainingConfig."""
+    flags = session.flags
+    metadata = {
+        "dataset": session.dataset.name,
+        "train_size": session.train_size,
+        "validation_check": flags.validation_check,
+        "multi_MNIST": flags.multi_MNIST,
+        "data_deformation": flags.data_deformation,
+        "initialization": flags.initialization,
+        "precision": flags.precision,
+        "data": session.digest(session.train_size),
+        "class_names": list(session.dataset.class_names),
+    }
+    if flags.multi_MNIST:  # whose digits are shifted in any case
+        del metadata["data_deformation"]
+    return metadata
+
+
+def draw_examples(network, data):
+    """Draw reconstructions and tweaks of the first images: pictures by their tags."""
+    plan = data.evaluation_plan().take(slice(EXAMPLES))
+    batch = next(iter(batches(data, plan, len(plan.index))))
+    outputs = model.Outputs(*(value.numpy() for value in network.outputs(batch)))
+    names, first = data.class_names, outputs.predictions[:1, 0]
+    reconstructions = figures.save_reconstructions(
+        None,
+        outputs.canvas,
+        outputs.with_label,
+        outputs.without_label,
+        batch[2].numpy(),
+        outputs.predictions,
+        names,
+    )
+    tweaked = network.tweak(outputs.capsules[:1], first)[:, 0]
+    tweaks = figures.save_tweak_overview(None, tweaked, model.TWEAKS, names[first[0]])
+    return {"reconstructions": reconstructions, "tweaks": tweaks}
+
+
+def summarize(evaluation, data, path=None):
+    """Write summaries of an Evaluation: the confusion matrix, the lengths of each class's capsule.
+
+    Args:
+        evaluation: Evaluation.
+        data: Data of the same classes.
+        path: file that the confusion matrix goes to as well, or None.
+    """
+    names, labels = data.class_names, evaluation.labels
+    if not data.overlap:
+        matrix = figures.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
+        picture = figures.save_confusion_matrix(path, matrix, names)
+        tf.summary.image("confusion matrix", np.asarray(picture)[None])
+    for number, name in enumerate(names):
+        present = (labels == number).any(axis=1)
+        lengths = evaluation.scores[:, number]
+        tf.summary.histogram(f"where present, length of capsule/{name}", lengths[present])
+        tf.summary.histogram(f"where absent, length of capsule/{name}", lengths[~present])
+
+
+def draw_learning_curves(logs, path, steps_per_epoch):
+    """Draw losses and errors of training and validation from the events in a folder."""
+    curves = {name: read_scalars(logs / name)[0] for name in ("train", "validation")}
+    curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
+    if curves:
+        figures.save_learning_curves(path, curves, steps_per_epoch)
+        say_written([path])
+
+
+def flag_table(flags):
+    """Format the flags as a Markdown table, for TensorBoard."""
+    return "\n".join(utils.markdown_table(["flag", "value"], flags.flag_values_dict().items()))

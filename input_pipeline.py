@@ -1,0 +1,196 @@
+"""What an epoch consists of, and its batches.
+
+A plan is a pure function of (seed, epoch): which images, in which order, with which partners and
+shifts. So an epoch does not depend on the batch size, the number of replicas or the compiler, and
+resuming in the middle of it is a slice.
+
+Shapes: N examples, B examples in a batch, K digits in each (1, or 2 for MultiMNIST), H×W pixels,
+C channels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+import config
+from errors import UserError
+from utils import random_stream
+
+
+class Plan(NamedTuple):
+    """The examples of an epoch or an evaluation, in order. A batch is a slice of both arrays."""
+
+    index: np.ndarray  # (N, K) int32, which images of the data
+    shift: np.ndarray  # (N, K, 2) int32, whole pixels down and right
+
+    def take(self, chosen):
+        """Return the plan of these examples only, given as a slice or as their numbers."""
+        return Plan(self.index[chosen], self.shift[chosen])
+
+
+class Data(NamedTuple):
+    """Images, and how an example is composed of them."""
+
+    images: np.ndarray  # (n, H, W, C) uint8
+    labels: np.ndarray  # (n,)
+    padding: int = 0  # pixels of canvas around a digit
+    max_shift: int = 0  # pixels, drawn for each digit
+    overlap: bool = False  # whether an example is two digits laid over each other
+    class_names: tuple = config.DIGITS  # by label
+
+    @property
+    def digits_per_example(self):
+        """Return K."""
+        return 2 if self.overlap else 1
+
+    def canvas_shape(self):
+        """Return (H', W', C) of the composed images."""
+        _, height, width, channels = self.images.shape
+        return (height + 2 * self.padding, width + 2 * self.padding, channels)
+
+    def subset(self, indices):
+        """Return the same data with these images only."""
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
+
+    def training_plan(self, seed, epoch):
+        """Return the plan of an epoch, see `training_plan`."""
+        return training_plan(self.labels, seed, epoch, self.max_shift, self.overlap)
+
+    def evaluation_plan(self, pairs_per_image=1):
+        """Return the plan of an evaluation, see `evaluation_plan`."""
+        return evaluation_plan(self.labels, self.max_shift, self.overlap, pairs_per_image)
+
+
+def split_validation(n, seed):
+    """Hold out a sixth (n // 6) of n training images, chosen by the seed.
+
+    Returns:
+        The indices to train on and those to validate with, both sorted, int64.
+
+    Raises:
+        UserError: there are fewer than 6 images.
+    """
+    if n < 6:
+        raise UserError(f"{n} training images, expected at least 6 to hold out a sixth; use more")
+    held_out = np.zeros(n, bool)
+    held_out[random_stream(seed, 0, "validation").permutation(n)[: n // 6]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _draw_partners(labels, firsts, stream):
+    """For each image in `firsts` draw one uniformly from all images of every other class."""
+    counts = np.bincount(labels)
+    classes = np.count_nonzero(counts)
+    if classes < 2:
+        raise UserError(f"images of {classes} class, expected two to make pairs; use more images")
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.cumsum(counts) - counts
+    own = labels[firsts]
+    rank = stream.integers(0, len(labels) - counts[own])
+    rank += np.where(rank >= starts[own], counts[own], 0)  # skip the block of its own class
+    return by_class[rank]
+
+
+def _draw_shifts(shape, max_shift, stream):
+    return stream.integers(-max_shift, max_shift, (*shape, 2), np.int32, endpoint=True)
+
+
+def training_plan(labels, seed, epoch, max_shift, overlap):
+    """Plan an epoch of n examples: each image once, shuffled. A pure function of its arguments.
+
+    Args:
+        labels: (n,) integers, of the images to train on.
+        seed: integer from 0.
+        epoch: integer from 0.
+        max_shift: each image moves by -max_shift..max_shift pixels on each axis.
+        overlap: whether each image gets a partner, drawn in each epoch from the images of every
+            other class (section 6.1).
+
+    Returns:
+        Plan.
+
+    Raises:
+        UserError: `overlap` with fewer than two classes, or a negative seed.
+    """
+    # Draw by image, then reorder, so an image's shift does not depend on its position.
+    index = np.arange(len(labels))[:, None]
+    if overlap:
+        partners = _draw_partners(labels, index[:, 0], random_stream(seed, epoch, "partner"))
+        index = np.column_stack([index, partners])
+    shift = _draw_shifts(index.shape, max_shift, random_stream(seed, epoch, "shift"))
+    order = random_stream(seed, epoch, "order").permutation(len(labels))
+    return Plan(index[order].astype(np.int32), shift[order])
+
+
+def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
+    """Plan an evaluation: all images in order and unshifted, or overlapping pairs.
+
+    The pairs and their shifts do not depend on the user's seed, so runs can be compared. Each image
+    is the first of `pairs_per_image` pairs (the paper tests with 1,000).
+
+    Args:
+        labels: (n,) integers.
+        max_shift: as in `training_plan`; only pairs are shifted.
+        overlap: whether to make pairs.
+        pairs_per_image: pairs in which each image comes first.
+
+    Returns:
+        Plan of n or n * pairs_per_image examples.
+
+    Raises:
+        UserError: `overlap` with fewer than two classes.
+    """
+    index = np.arange(len(labels), dtype=np.int32)[:, None]
+    if not overlap:
+        return Plan(index, np.zeros((*index.shape, 2), np.int32))
+    # Image by image within each round, so the first n pairs are the same however many follow.
+    index = np.tile(index, (pairs_per_image, 1))
+    partners = _draw_partners(labels, index[:, 0], random_stream(0, 0, "evaluation partner"))
+    index = np.column_stack([index, partners.astype(np.int32)])
+    shifts = _draw_shifts(index.shape, max_shift, random_stream(0, 0, "evaluation shift"))
+    return Plan(index, shifts)
+
+
+def batches(data, plan, batch_size, start=0, strategy=None):
+    """Iterate over the batches of a plan, prepared ahead of their use.
+
+    The last batch is padded with images of weight zero, so all batches have one shape. The other
+    weights are 1 / their number, so a weighted sum is the mean. Under a strategy each replica gets
+    a consecutive part of every batch, and the last part is padded in the same way.
+
+    Args:
+        data: Data.
+        plan: Plan for this data.
+        batch_size: examples in a batch, over all replicas.
+        start: number of the first batch.
+        strategy: tf.distribute.Strategy; by default the current one.
+
+    Returns:
+        Iterable of (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K), weight (B,)),
+        with PerReplica values under a strategy of several replicas.
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+    replicas, n = strategy.num_replicas_in_sync, len(plan.index)
+    part, steps = -(-batch_size // replicas), -(-n // batch_size)
+    row = np.full((steps, replicas * part), n)
+    row[:, :batch_size] = np.arange(steps * batch_size).reshape(steps, batch_size)
+    weight = (row < n) / (row < n).sum(axis=1, keepdims=True)
+    row = np.where(row < n, row, 0)[start:]
+
+    def pipeline(context):
+        local = replicas // context.num_input_pipelines
+        first = local * part * context.input_pipeline_id
+        columns = slice(first, first + local * part)
+        rows = row[:, columns].reshape(-1, part)
+        weights = weight[start:, columns].reshape(-1, part).astype(np.float32)
+        with tf.device("cpu"):
+            images, labels = tf.constant(data.images), tf.constant(data.labels)
+
+        def gather(index, shift, weight):
+            return tf.gather(images, index), shift, tf.gather(labels, index), weight
+
+        parts = (*(a[rows] for a in plan), weights)
+        return tf.data.Dataset.from_tensor_slices(parts).map(gather).prefetch(2 * local)
+
+    return strategy.distribute_datasets_from_function(pipeline)

@@ -1,0 +1,1 @@
+"""The training engine. It knows nothing of capsules, flags or pictures."""
