@@ -120,9 +120,11 @@ def _save_page(path, title, note, pixels, texts):
     """
     boxes = [(0, 0, pixels.shape[1], pixels.shape[0]), *(text.box() for text in texts)]
     left, top = np.min(boxes, axis=0)[:2]
-    title = _fit(left, top - 2.5 * _LINE, title, points=9, bold=True, anchor="lm")
-    note = _fit(left, top - 1.5 * _LINE, note, anchor="lm")
-    boxes += [title.box(), note.box()]
+    heading = [
+        _fit(left, top - 2.5 * _LINE, title, points=9, bold=True, anchor="lm"),
+        _fit(left, top - 1.5 * _LINE, note, anchor="lm"),
+    ]
+    boxes += [text.box() for text in heading]
     # Even numbers: `save_sweep` halves the page, which must not mix neighboring pixels of an image.
     left, top = 2 * np.floor(np.min(boxes, axis=0)[:2] / 2).astype(int) - _MARGIN
     right, bottom = 2 * np.ceil(np.max(boxes, axis=0)[2:] / 2).astype(int) + _MARGIN
@@ -130,7 +132,7 @@ def _save_page(path, title, note, pixels, texts):
     page = Image.new("RGB", (right - left, bottom - top), "white")
     page.paste(Image.fromarray(pixels), (-left, -top))
     draw = ImageDraw.Draw(page)
-    for text in (title, note, *texts):
+    for text in heading + texts:
         place = round(text.x) - left, round(text.y) - top
         draw.text(place, text.text, text.color, text.font, text.anchor)
     return _save_png(path, np.asarray(page))
