@@ -92,7 +92,7 @@ class CapsNet(keras.Model):
             "conv": conv,
             "initialization": initialization,
         }
-        policy, start = self.dtype_policy, INITIALIZATIONS[initialization]
+        policy, initializers = self.dtype_policy, INITIALIZATIONS[initialization]
         self.conv1 = ops.Convolution(
             n_conv,
             kernel_size,
@@ -100,7 +100,7 @@ class CapsNet(keras.Model):
             method=conv,
             name="conv1",
             dtype=policy,
-            **start["conv1"],
+            **initializers["conv1"],
         )
         self.primary = ops.PrimaryCapsules(
             n_primary,
@@ -109,13 +109,13 @@ class CapsNet(keras.Model):
             method=conv,
             name="primary_capsules",
             dtype=policy,
-            **start["others"],
+            **initializers["others"],
         )
         self.digits = ops.DigitCapsules(
             n_classes, digit_dim, routing_iterations, name="digit_capsules", dtype=policy
         )
         self.decoder = ops.Decoder(
-            image_shape, decoder_units, name="decoder", dtype=policy, **start["others"]
+            image_shape, decoder_units, name="decoder", dtype=policy, **initializers["others"]
         )
         shape = (None, *image_shape)
         for layer in (self.conv1, self.primary, self.digits, self.decoder):
@@ -126,8 +126,8 @@ class CapsNet(keras.Model):
     @property
     def architecture(self):
         """Return the settings that must match for weights to fit."""
-        free = ("conv", "initialization")
-        return {name: value for name, value in self.settings.items() if name not in free}
+        excluded = ("conv", "initialization")
+        return {name: value for name, value in self.settings.items() if name not in excluded}
 
     @property
     def loss_names(self):
@@ -135,7 +135,7 @@ class CapsNet(keras.Model):
         return ("margin", "reconstruction")
 
     def spectra(self):
-        """Transform the kernels once, for many calls between which no weight changes."""
+        """Transform the kernels of both convolutions once, for calls with the same weights."""
         return self.conv1.spectrum(), self.primary.spectrum()
 
     def capsules(self, images, spectra=(None, None), inference=False):
@@ -143,12 +143,12 @@ class CapsNet(keras.Model):
 
         Args:
             images: (B, H, W, C).
-            spectra: of `spectra`, if no weight changed since.
-            inference: whether no gradient is wanted; routing is then faster on a CPU.
+            spectra: what `spectra` returned, if no weight has changed since.
+            inference: whether no gradient is needed; routing is then faster on a CPU.
         """
         u = self.primary(self.conv1(images, spectra[0]), spectra[1])
-        on_cpu = self.settings["conv"] == "dft"
-        return self.digits(u, chunk_size=CHUNK_SIZE if inference and on_cpu else None)
+        in_chunks = inference and self.settings["conv"] == "dft"  # the convolution for a CPU
+        return self.digits(u, chunk_size=CHUNK_SIZE if in_chunks else None)
 
     def call(self, images):
         """Compute lengths (B, J) and capsules (B, J, D) of images (B, H, W, C)."""
@@ -160,9 +160,9 @@ class CapsNet(keras.Model):
 
         Args:
             batch: of `input_pipeline.batches`.
-            spectra: of `spectra`, if no weight changed since.
-            inference: whether no gradient is wanted.
-            step: number of the training step, for networks that draw random numbers; this one
+            spectra: what `spectra` returned, if no weight has changed since.
+            inference: whether no gradient is needed.
+            step: number of the training step. Networks that draw random numbers need it; this one
                 draws none.
 
         Returns:
@@ -244,29 +244,25 @@ def layer_sizes(image_shape, n_classes, network=DEFAULTS):
     kernel_size = network.kernel_size
     check_image_size(image_shape, kernel_size)
     area, channels = kernel_size**2, network.n_primary * network.primary_dim
-    first = [n - kernel_size + 1 for n in image_shape[:2]]
-    second = [(n - kernel_size) // 2 + 1 for n in first]
-    lower, dim = math.prod(second) * network.n_primary, network.digit_dim
+    conv1 = [n - kernel_size + 1 for n in image_shape[:2]]  # rows, columns
+    primary = [(n - kernel_size) // 2 + 1 for n in conv1]
+    lower, dim = math.prod(primary) * network.n_primary, network.digit_dim
     widths = [n_classes * dim, *network.decoder_units, math.prod(image_shape)]
     return [
-        ("conv1", (*first, network.n_conv), (area * image_shape[2] + 1) * network.n_conv),
-        (
-            "primary capsules",
-            (lower, network.primary_dim),
-            (area * network.n_conv + 1) * channels,
-        ),
+        ("conv1", (*conv1, network.n_conv), (area * image_shape[2] + 1) * network.n_conv),
+        ("primary capsules", (lower, network.primary_dim), (area * network.n_conv + 1) * channels),
         ("digit capsules", (n_classes, dim), lower * network.primary_dim * n_classes * dim),
         ("decoder", tuple(image_shape), sum((a + 1) * b for a, b in itertools.pairwise(widths))),
     ]
 
 
 def memory_needed(sizes, batch_size, data_bytes=0):
-    """Estimate the peak of a training's memory in bytes, fitted to benchmarks/scaling.py on a CPU.
+    """Estimate the peak memory of a training in bytes. Fitted to benchmarks/scaling.py on a CPU.
 
     Args:
-        sizes: of `layer_sizes`.
+        sizes: what `layer_sizes` returned.
         batch_size: images in a step on one device.
-        data_bytes: of all images; the benchmark has few.
+        data_bytes: bytes of all images; the fit was made with few.
     """
     parameters = sum(count for *_, count in sizes)
     (lower, _), (upper, dim) = sizes[1][1], sizes[2][1]

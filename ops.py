@@ -10,13 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from spectral import (
-    PATCH_CHANNELS,
-    conv_plan,
-    dft_conv2d,
-    kernel_spectrum,
-    patches_conv2d,
-)
+from spectral import PATCH_CHANNELS, conv_plan, dft_conv2d, kernel_spectrum, patches_conv2d
 
 EPSILON = 1e-9  # inside every root: the gradient of a norm at 0 would be NaN without it
 M_PLUS, M_MINUS, LAMBDA = 0.9, 0.1, 0.5  # eq. 4
@@ -54,7 +48,7 @@ def squash(s):
 def votes(u, weights):
     """Compute the votes û_{j|i} = W_ij u_i (eq. 2).
 
-    They are one product batched over i, so W is never copied for each image.
+    One product, batched over i, computes them all, so W is not copied for each image.
 
     Args:
         u: (B, I, C), the lower capsules.
@@ -82,8 +76,8 @@ def routing(u_hat, iterations, on_iteration=None):
     Args:
         u_hat: (B, J, I, D), the votes.
         iterations: number of iterations, at least 1.
-        on_iteration: called after each iteration with the coupling coefficients c (B, J, 1, I) and
-            the upper capsules v (B, J, 1, D).
+        on_iteration: called in each iteration with the coupling coefficients c (B, J, 1, I) and the
+            upper capsules v (B, J, 1, D).
 
     Returns:
         (B, J, D), the upper capsules v.
@@ -91,7 +85,8 @@ def routing(u_hat, iterations, on_iteration=None):
     u_hat = tf.cast(u_hat, tf.float32)
     b = tf.zeros_like(u_hat[..., 0])[:, :, None]  # line 2: (B, J, 1, I)
     for r in range(iterations):
-        # Line 4, eq. 3: over the upper capsules. Of zeros it is 1/J; XLA would fold it slowly.
+        # Line 4, eq. 3: softmax over the upper capsules. For zero logits it is 1/J; written as a
+        # softmax, XLA would fold that constant slowly.
         c = tf.nn.softmax(b, axis=1) if r > 0 else tf.fill(tf.shape(b), 1.0 / u_hat.shape[1])
         v = squash(tf.matmul(c, u_hat))  # lines 5, 6: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
         if on_iteration:
@@ -144,21 +139,21 @@ def compose(digits, shift, padding):
         padding: pixels of canvas on each side of an unshifted digit.
 
     Returns:
-        canvas (B, H', W', C), the sum clipped to [0, 1], and the shifted digits
-        (B, K, H', W', C) in [0, 1]; H' = H + 2·padding.
+        The canvas (B, H', W', C), which is the sum of the shifted digits clipped to [0, 1], and the
+        shifted digits (B, K, H', W', C) in [0, 1]; H' = H + 2·padding, W' = W + 2·padding.
     """
     height, width = digits.shape[2:4]
     shift = tf.cast(shift, tf.int32)
 
-    def placing(size, moved):  # (B, K) -> (B, K, size', size), 1 where a row or column lands
-        source = tf.range(size + 2 * padding) - padding - moved[..., None]
+    def shift_matrices(size, offset):  # (B, K) -> (B, K, size + 2·padding, size)
+        source = tf.range(size + 2 * padding) - padding - offset[..., None]
         return tf.one_hot(source, size)
 
     images = tf.cast(digits, tf.float32)
-    rows, columns = placing(height, shift[..., 0]), placing(width, shift[..., 1])
-    moved = tf.einsum("bkyh,bkhwc->bkywc", rows, images)
-    moved = tf.einsum("bkxw,bkywc->bkyxc", columns, moved) / 255.0
-    return tf.minimum(tf.reduce_sum(moved, axis=1), 1.0), moved
+    rows, columns = shift_matrices(height, shift[..., 0]), shift_matrices(width, shift[..., 1])
+    shifted = tf.einsum("bkyh,bkhwc->bkywc", rows, images)
+    shifted = tf.einsum("bkxw,bkywc->bkyxc", columns, shifted) / 255.0
+    return tf.minimum(tf.reduce_sum(shifted, axis=1), 1.0), shifted
 
 
 # --- Layers --------------------------------------------------------------------------------------
@@ -173,8 +168,8 @@ class Convolution(keras.layers.Layer):
         kernel_size: pixels, square.
         strides: pixels, the same in both directions.
         activation: None, or the name of an activation of Keras.
-        method: "direct", the library's convolution, the fastest on accelerators; or "dft", products
-            of spectra, and of patches for images of few channels, where spectra gain nothing.
+        method: "direct", TensorFlow's convolution, the fastest on accelerators; or "dft", products
+            of spectra, or of patches for images of few channels, where spectra gain nothing.
         kernel_initializer, bias_initializer: names or configurations of Keras's initializers.
 
     Raises:
@@ -215,7 +210,7 @@ class Convolution(keras.layers.Layer):
         )
 
     def spectrum(self):
-        """Transform the kernel once for many calls; None where the algorithm does not use it."""
+        """Transform the kernel once for many calls, or return None if `call` needs no spectrum."""
         if self.algorithm != "dft":
             return None
         return kernel_spectrum(tf.convert_to_tensor(self.kernel), self.plan)
@@ -225,10 +220,10 @@ class Convolution(keras.layers.Layer):
 
         Args:
             images: (B, H, W, C).
-            spectrum: of the method of that name, if the kernel was transformed before.
+            spectrum: what `spectrum` returned, if the kernel has not changed since.
         """
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
-        if self.algorithm == "dft":  # spectra lose digits already, so everything is float32
+        if self.algorithm == "dft":  # float32 under any policy: spectra lose digits already
             images, kernel, bias = (tf.cast(x, tf.float32) for x in (images, kernel, bias))
         if self.algorithm == "direct":
             y = tf.nn.conv2d(images, kernel, self.strides, "VALID")
@@ -319,16 +314,16 @@ class DigitCapsules(keras.layers.Layer):
         Args:
             u: (B, I, C), the lower capsules.
             chunk_size: route this many images at a time, if B is a multiple of it. Their votes then
-                stay in a CPU's cache, which is faster, but not where gradients follow.
+                stay in a CPU's cache. That is faster, unless gradients are needed.
         """
         weights = tf.convert_to_tensor(self.W)
 
-        def upper(u):
+        def route(u):
             return routing(votes(u, weights), self.iterations)
 
         if not chunk_size or not u.shape[0] or u.shape[0] % chunk_size:
-            return upper(u)
-        v = tf.map_fn(upper, tf.reshape(u, (-1, chunk_size, *u.shape[1:])))
+            return route(u)
+        v = tf.map_fn(route, tf.reshape(u, (-1, chunk_size, *u.shape[1:])))
         return tf.reshape(v, (-1, *v.shape[2:]))
 
     def compute_output_shape(self, input_shape):
@@ -364,8 +359,8 @@ class Decoder(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer
         self.bias_initializer = bias_initializer
         options = {name: getattr(self, name) for name in _INITIALIZERS}
-        # A name of its own for each layer: Keras would count on from the networks built earlier in
-        # the process, and the names are part of a checkpoint's keys.
+        # Explicit names, because they are part of a checkpoint's keys: Keras would number layers
+        # across all networks of the process.
         self.hidden = [
             keras.layers.Dense(n, "relu", name=f"hidden_{i}", dtype=self.dtype_policy, **options)
             for i, n in enumerate(self.units, 1)
@@ -382,7 +377,7 @@ class Decoder(keras.layers.Layer):
             layer.build((None, size))
 
     def call(self, capsules, mask):
-        """Draw one reconstruction for each mask: (B, J, D), (B, K, J) -> (B, K, H, W, C)."""
+        """Decode the capsules under each mask: (B, J, D), (B, K, J) -> (B, K, H, W, C)."""
         k, (j, d) = mask.shape[1], capsules.shape[1:]
         x = tf.reshape(mask[..., None] * capsules[:, None], (-1, j * d))  # (B, K, J, D) -> (BK, JD)
         for layer in (*self.hidden, self.pixels):

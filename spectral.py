@@ -1,7 +1,7 @@
 """Valid convolution by products of spectra, or of patches: far fewer multiplications on a CPU.
 
-The convolution of the paper's primary capsules takes 191 million multiply-adds an image. The
-functions here compute the same outputs, up to the rounding of float32, by three to five times
+The convolution of the paper's primary capsules takes 191 million multiply-adds for each image. The
+functions here compute the same outputs, up to the rounding of float32, with three to five times
 fewer.
 
 Shapes: B images, H×W pixels, C channels, O output channels, P real products for each pair of
@@ -17,7 +17,6 @@ import tensorflow as tf
 # Up to this many channels, products of patches are faster than products of spectra.
 PATCH_CHANNELS = 4
 
-
 # Real points at which polynomials are evaluated, by their number. Conjugate pairs on the unit
 # circle complete them; one or two real points make the DFT. The factors 1.26 and 1.67 have the
 # smallest rounding errors on grids of 5 to 24 points.
@@ -31,9 +30,8 @@ REAL_POINTS = {
     7: (0.0, 1.0, -1.0, 1.67, -1.67, 1 / 1.67, -1 / 1.67),
     8: (0.0, np.inf, 1.0, -1.0, 1.67, -1.67, 1 / 1.67, -1 / 1.67),
 }
-
-
-ERROR_LIMIT = 7  # multiple of the DFT's rounding error that a plan may have
+ERROR_LIMIT = 7  # largest rounding error of a plan, as a multiple of the DFT's
+MAX_TILE = 24  # largest number of rows, and of columns, of a tile of outputs
 
 
 class AxisTransform(NamedTuple):
@@ -94,7 +92,7 @@ def conv_plan(image_size, kernel_size, stride):
         products = _n_products(*_grid_transforms(tile, taps))
         return products * (count * (384 + points) + 270)
 
-    sizes = [range(1, min(n, 24) + 1) for n in outputs]
+    sizes = [range(1, min(n, MAX_TILE) + 1) for n in outputs]
     tile = min(((y, x) for y in sizes[0] for x in sizes[1]), key=cost)
     tiles = tuple(-(-n // t) for n, t in zip(outputs, tile, strict=True))
     return ConvPlan(stride, taps, outputs, tile, tiles, *_grid_matrices(tile, taps))
@@ -155,13 +153,14 @@ def _grid_matrices(tile, taps):
     rows, columns = _grid_transforms(tile, taps)
     of_image, of_kernel, to_output = [], [], []
     for u, v in np.ndindex(len(rows.of_image), len(columns.of_image)):
-        first_complex = u - rows.reals if u >= rows.reals else v - columns.reals
-        if first_complex >= 0 and first_complex % 2:
+        # Index of the first complex coordinate among the complex points; negative if both are real.
+        complex_index = u - rows.reals if u >= rows.reals else v - columns.reals
+        if complex_index >= 0 and complex_index % 2:
             continue  # the conjugate of the point before it
         x = np.outer(rows.of_image[u], columns.of_image[v]).ravel()
         k = np.outer(rows.of_kernel[u], columns.of_kernel[v]).ravel()
         y = np.outer(rows.to_output[:, u], columns.to_output[:, v]).ravel()
-        if first_complex < 0:
+        if complex_index < 0:
             of_image, of_kernel, to_output = of_image + [x], of_kernel + [k], to_output + [y]
             continue
         a, b, c, d = x.real, x.imag, k.real, k.imag
@@ -174,7 +173,7 @@ def _grid_matrices(tile, taps):
 
 
 def kernel_spectrum(kernel, plan):
-    """Transform a kernel to its factors of the products: (kh, kw, C, O) -> (P, s·s·C, O)."""
+    """Transform a kernel to its factors in the products: (kh, kw, C, O) -> (P, s·s·C, O)."""
     s, (th, tw) = plan.stride, plan.taps
     kh, kw, c, o = kernel.shape
     kernel = tf.pad(kernel, ((0, th * s - kh), (0, tw * s - kw), (0, 0), (0, 0)))
