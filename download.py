@@ -1,8 +1,8 @@
 """Fetch and verify the data sets: python download.py mnist [fashion_mnist kmnist ...].
 
-A file that is there and right is left alone. Any other is fetched from the mirrors in turn into a
-temporary file beside its place, checked against its known SHA-256, and only then renamed. Nothing
-but the standard library is needed, and what is fetched is only hashed, never executed or unpickled.
+An intact file is left alone. Any other is fetched from the mirrors in turn into a temporary file in
+the same folder, checked against its known SHA-256, and only then renamed. Only the standard library
+is needed, and what is fetched is only hashed, never executed or unpickled.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 TIMEOUT = 10  # seconds that connecting to an address, or waiting for the next bytes, may take
-GRACE = 30  # seconds after which a transfer must keep up
+GRACE = 30  # seconds after which a transfer must keep the rate
 MIN_RATE = 4096  # bytes a second on average
-RETRIES = 2  # further tries of one address after passing faults
-BACKOFF = 1  # seconds before the first of them; twice as many before each next one
-STALE = 3600  # seconds without a write after which a temporary file belongs to nobody
+RETRIES = 2  # further tries of an address after temporary faults
+BACKOFF = 1  # seconds before the first retry; twice as many before each next one
+STALE = 3600  # seconds without a write after which a temporary file is abandoned
 CHUNK = 1 << 18  # bytes read at a time
 
 
@@ -39,7 +39,7 @@ class _PassingError(DownloadError):
 
 
 class File(NamedTuple):
-    """One file of a data set, and what it must be."""
+    """One file of a data set, and its expected contents."""
 
     name: str  # on the mirrors and on disk
     size: int  # bytes of what is hashed
@@ -48,15 +48,18 @@ class File(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """Where the files of a data set are found, and what they must be."""
+    """The files of a data set, and where they can be found."""
 
     mirrors: tuple[str, ...]
     files: tuple[File, ...]
 
 
 def _files(sizes: tuple[int, ...], hashes: str, packed: bool) -> tuple[File, ...]:
-    names = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k")
-             for kind in ("images-idx3", "labels-idx1"))
+    names = (
+        f"{split}-{kind}-ubyte.gz"
+        for split in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    )
     return tuple(File(*row, packed) for row in zip(names, sizes, hashes.split(), strict=True))
 
 
@@ -80,34 +83,41 @@ KMNIST_GZ_SHA256 = """
 
 DATASETS = {
     "mnist": DataSet(
-        ("https://storage.googleapis.com/cvdf-datasets/mnist/",
-         "https://ossci-datasets.s3.amazonaws.com/mnist/"),
-        _files(IDX_SIZES, MNIST_SHA256, packed=False)),
+        (
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        ),
+        _files(IDX_SIZES, MNIST_SHA256, packed=False),
+    ),
     "fashion_mnist": DataSet(
-        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"),
-        _files(IDX_SIZES, FASHION_SHA256, packed=False)),
+        (
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+        ),
+        _files(IDX_SIZES, FASHION_SHA256, packed=False),
+    ),
     "kmnist": DataSet(
         ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
-        _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True)),
+        _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True),
+    ),
 }
 
 
 def fetch(name: str, data_dir="data", mirror: str | None = None, report=print) -> Path:
-    """Make sure that all files of a data set are on disk and right, fetching what is not.
+    """Make sure that all files of a data set are on disk and intact; fetch those that are not.
 
     Args:
         name: a key of `DATASETS`.
-        data_dir: folder that holds one folder for each data set.
-        mirror: http(s) address of a folder with the files, tried before the known mirrors.
+        data_dir: folder with one folder for each data set.
+        mirror: http(s) address of a folder with the files, to try before the known mirrors.
         report: called with each line of progress.
 
     Returns:
         The folder of the data set.
 
     Raises:
-        DownloadError: a file could be got from no mirror, or could not be read or written.
-        ValueError: `name` is unknown or `mirror` is no http(s) address.
+        DownloadError: no mirror has an intact file, or a file could not be read or written.
+        ValueError: `name` is unknown, or `mirror` is not an http(s) address.
     """
     addresses = _mirrors(name, mirror)
     folder = Path(data_dir) / name
@@ -129,12 +139,12 @@ def fetch(name: str, data_dir="data", mirror: str | None = None, report=print) -
 
 
 def verify(path, file: File) -> None:
-    """Check that what is stored at `path` is `file`, byte for byte.
+    """Check that the file at `path` is `file`, byte for byte.
 
-    Reads in small pieces and stops past the expected size, so that no input can fill the memory.
+    Read in small pieces and stop past the expected size, so that no input can fill the memory.
 
     Raises:
-        DownloadError: it is something else; the message has the expected SHA-256 and the one found.
+        DownloadError: it is not; the message has the expected SHA-256 and the actual one.
         OSError: it is missing or cannot be read.
     """
     digest, size, fault = hashlib.sha256(), 0, "not the right contents"
@@ -155,7 +165,7 @@ def verify(path, file: File) -> None:
 
 
 def _mirrors(name: str, mirror: str | None) -> list[str]:
-    """Addresses of the folders to try for a data set, the user's own first."""
+    """Return the addresses of the folders to try for a data set, the user's mirror first."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
     if mirror is None:
@@ -167,7 +177,7 @@ def _mirrors(name: str, mirror: str | None) -> list[str]:
 
 
 def _fetch_file(urls: list[str], path: Path, file: File, report) -> None:
-    """Fetch one file from the first address that has it right."""
+    """Fetch one file from the first address that has it intact."""
     faults = {}
     for url in urls:
         for attempt in range(RETRIES + 1):
@@ -188,7 +198,7 @@ def _fetch_file(urls: list[str], path: Path, file: File, report) -> None:
 
 
 def _fetch_url(url: str, path: Path, file: File, report) -> None:
-    """Put what an address sends at `path`, once it has proved right; else leave `path` alone."""
+    """Fetch a file from one address. Replace `path` only after it has been verified."""
     # However badly it compresses, gzip adds less than a thousandth and a header.
     limit = file.size if file.packed else file.size + file.size // 1000 + 1024
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
@@ -238,7 +248,7 @@ def _receive(url: str, limit: int):
 
 
 def _show_progress(pieces, label: str, report):
-    """Pass the bytes on and show how many: a bar on a terminal, else a line for each quarter."""
+    """Yield the bytes of pieces and show how many: a bar on a terminal, else a line a quarter."""
     shown = 0
     for chunk, done, total in pieces:
         percent = 100 * done // total if total else 0
@@ -253,7 +263,7 @@ def _show_progress(pieces, label: str, report):
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove the temporary files that killed downloads left; a live one's is young."""
+    """Remove temporary files of killed downloads; those of live ones are younger than STALE."""
     for old in folder.glob(".*.gz.*.part"):
         with contextlib.suppress(OSError):  # another process may be tidying up as well
             if time.time() - old.stat().st_mtime > STALE:

@@ -1,6 +1,6 @@
-"""Errors that a user can act on. Each is one line: what is wrong and what was expected.
+"""Errors that a user can act on. Each message is one line: what is wrong and what was expected.
 
-The library does not know about command-line flags. An error carries its particulars as fields, and
+The library does not know about command-line flags. An error carries its details as attributes, and
 the program that catches it (`main.py`, an experiment) adds which flag to give.
 """
 
@@ -17,7 +17,9 @@ class DataFileError(UserError):
     """A file of a data set is missing, damaged, or does not fit the others.
 
     Attributes:
-        dataset: name of the data set that it belongs to, if `download.py` can fetch it, else None.
+        place: path of the file, or of the folder.
+        problem: what is wrong with it.
+        dataset: name of the data set that it belongs to if `download.py` can fetch it, else None.
     """
 
     def __init__(self, place, problem, dataset=None):
@@ -26,7 +28,7 @@ class DataFileError(UserError):
 
 
 class ImageTooSmall(UserError):
-    """The network's two convolutions leave nothing of images this small."""
+    """Images are too small for the network's two convolutions."""
 
     def __init__(self, kernel_size, image_shape):
         self.smallest, self.image_shape = 2 * kernel_size - 1, tuple(image_shape)
@@ -45,7 +47,7 @@ class NoCheckpoint(UserError):
 
 
 class DamagedCheckpoints(UserError):
-    """A folder holds checkpoints, and all of them are damaged."""
+    """A folder holds checkpoints, but all of them are damaged."""
 
     def __init__(self, folder):
         super().__init__(f"{folder}: every checkpoint is damaged, expected an intact one")
@@ -61,11 +63,11 @@ class NetworkMismatch(UserError):
 
 
 class PretrainedMismatch(NetworkMismatch):
-    """The weights that come with the program belong to a network of another architecture."""
+    """The pretrained weights belong to a network of another architecture."""
 
 
 class NoPretrainedWeights(UserError):
-    """The program comes without weights for a data set."""
+    """There are no pretrained weights for a data set."""
 
     def __init__(self, name, available):
         super().__init__(
@@ -87,7 +89,7 @@ class RunMismatch(UserError):
 
 
 class FolderInUse(UserError):
-    """Another process trains in a folder at this moment."""
+    """Another process is training in a folder."""
 
     def __init__(self, folder):
         super().__init__(f"another training runs in {folder}")
@@ -95,7 +97,7 @@ class FolderInUse(UserError):
 
 
 class FolderTaken(UserError):
-    """A folder belongs to a run whose checkpoints are elsewhere."""
+    """A folder of events or best weights belongs to a run whose checkpoints are elsewhere."""
 
     def __init__(self, folder, owner):
         super().__init__(f"{folder} belongs to the run in {owner}")
@@ -103,8 +105,8 @@ class FolderTaken(UserError):
 
 
 class NotFinite(UserError):
-    """The loss or a weight became infinite or not a number."""
+    """The loss or a weight became infinite or NaN."""
 
     def __init__(self, what, step):
         super().__init__(f"{what} not finite at step {step}; the checkpoints before it are kept")
-        self.step = step
+        self.what, self.step = what, step

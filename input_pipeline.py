@@ -8,6 +8,7 @@ Shapes: N examples, B examples in a batch, K digits in each (1, or 2 for MultiMN
 C channels.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,21 +23,21 @@ class Plan(NamedTuple):
     """The examples of an epoch or an evaluation, in order. A batch is a slice of both arrays."""
 
     index: np.ndarray  # (N, K) int32, which images of the data
-    shift: np.ndarray  # (N, K, 2) int32, whole pixels down and right
+    shift: np.ndarray  # (N, K, 2) int32, pixels down and right
 
-    def take(self, chosen):
-        """Return the plan of these examples only, given as a slice or as their numbers."""
-        return Plan(self.index[chosen], self.shift[chosen])
+    def take(self, examples):
+        """Return the plan of these examples only, given by a slice or by their numbers."""
+        return Plan(self.index[examples], self.shift[examples])
 
 
 class Data(NamedTuple):
-    """Images, and how an example is composed of them."""
+    """Images with their labels, and how they make up an example."""
 
     images: np.ndarray  # (n, H, W, C) uint8
     labels: np.ndarray  # (n,)
     padding: int = 0  # pixels of canvas around a digit
-    max_shift: int = 0  # pixels, drawn for each digit
-    overlap: bool = False  # whether an example is two digits laid over each other
+    max_shift: int = 0  # pixels, the bound of the shift drawn for each digit
+    overlap: bool = False  # whether an example is two overlapping digits
     class_names: tuple = config.DIGITS  # by label
 
     @property
@@ -50,7 +51,7 @@ class Data(NamedTuple):
         return (height + 2 * self.padding, width + 2 * self.padding, channels)
 
     def subset(self, indices):
-        """Return the same data with these images only."""
+        """Return the same data, reduced to the images at these indices."""
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def training_plan(self, seed, epoch):
@@ -79,16 +80,16 @@ def split_validation(n, seed):
 
 
 def _draw_partners(labels, firsts, stream):
-    """For each image in `firsts` draw one uniformly from all images of every other class."""
+    """For each image in `firsts`, draw one uniformly from the images of all other classes."""
     counts = np.bincount(labels)
     classes = np.count_nonzero(counts)
     if classes < 2:
         raise UserError(f"images of {classes} class, expected two to make pairs; use more images")
     by_class = np.argsort(labels, kind="stable")
     starts = np.cumsum(counts) - counts
-    own = labels[firsts]
-    rank = stream.integers(0, len(labels) - counts[own])
-    rank += np.where(rank >= starts[own], counts[own], 0)  # skip the block of its own class
+    own_class = labels[firsts]
+    rank = stream.integers(0, len(labels) - counts[own_class])
+    rank += np.where(rank >= starts[own_class], counts[own_class], 0)  # skip its own class
     return by_class[rank]
 
 
@@ -103,9 +104,9 @@ def training_plan(labels, seed, epoch, max_shift, overlap):
         labels: (n,) integers, of the images to train on.
         seed: integer from 0.
         epoch: integer from 0.
-        max_shift: each image moves by -max_shift..max_shift pixels on each axis.
-        overlap: whether each image gets a partner, drawn in each epoch from the images of every
-            other class (section 6.1).
+        max_shift: each image is shifted by -max_shift..max_shift pixels along each axis.
+        overlap: whether each image gets a partner, drawn in each epoch from the images of all
+            other classes (section 6.1).
 
     Returns:
         Plan.
@@ -126,8 +127,8 @@ def training_plan(labels, seed, epoch, max_shift, overlap):
 def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
     """Plan an evaluation: all images in order and unshifted, or overlapping pairs.
 
-    The pairs and their shifts do not depend on the user's seed, so runs can be compared. Each image
-    is the first of `pairs_per_image` pairs (the paper tests with 1,000).
+    Pairs and shifts do not depend on the user's seed, so runs can be compared. Each image comes
+    first in `pairs_per_image` pairs (1,000 in the paper).
 
     Args:
         labels: (n,) integers.
@@ -144,7 +145,7 @@ def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
     index = np.arange(len(labels), dtype=np.int32)[:, None]
     if not overlap:
         return Plan(index, np.zeros((*index.shape, 2), np.int32))
-    # Image by image within each round, so the first n pairs are the same however many follow.
+    # All images once, then again: so the first n pairs are the same however many follow.
     index = np.tile(index, (pairs_per_image, 1))
     partners = _draw_partners(labels, index[:, 0], random_stream(0, 0, "evaluation partner"))
     index = np.column_stack([index, partners.astype(np.int32)])
@@ -153,11 +154,11 @@ def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
 
 
 def batches(data, plan, batch_size, start=0, strategy=None):
-    """Iterate over the batches of a plan, prepared ahead of their use.
+    """Iterate over the batches of a plan; they are prepared while earlier ones are in use.
 
-    The last batch is padded with images of weight zero, so all batches have one shape. The other
-    weights are 1 / their number, so a weighted sum is the mean. Under a strategy each replica gets
-    a consecutive part of every batch, and the last part is padded in the same way.
+    The last batch is padded with images of weight 0, so all batches have one shape. The n real
+    images of a batch have weight 1/n, so a weighted sum is their mean. Under a strategy, each
+    replica gets a consecutive part of every batch, and the last part is padded in the same way.
 
     Args:
         data: Data.
@@ -171,26 +172,39 @@ def batches(data, plan, batch_size, start=0, strategy=None):
         with PerReplica values under a strategy of several replicas.
     """
     strategy = strategy or tf.distribute.get_strategy()
-    replicas, n = strategy.num_replicas_in_sync, len(plan.index)
-    part, steps = -(-batch_size // replicas), -(-n // batch_size)
-    row = np.full((steps, replicas * part), n)
-    row[:, :batch_size] = np.arange(steps * batch_size).reshape(steps, batch_size)
-    weight = (row < n) / (row < n).sum(axis=1, keepdims=True)
-    row = np.where(row < n, row, 0)[start:]
+    replicas = strategy.num_replicas_in_sync
+    examples, weights = _layout(len(plan.index), batch_size, replicas)
+    examples, weights = examples[start:], weights[start:]
 
     def pipeline(context):
         local = replicas // context.num_input_pipelines
-        first = local * part * context.input_pipeline_id
-        columns = slice(first, first + local * part)
-        rows = row[:, columns].reshape(-1, part)
-        weights = weight[start:, columns].reshape(-1, part).astype(np.float32)
+        first = local * context.input_pipeline_id
+        # (steps, replicas, part) -> (steps * local, part): one element for each local replica
+        local_examples = examples[:, first : first + local].reshape(-1, examples.shape[-1])
+        local_weights = weights[:, first : first + local].reshape(local_examples.shape)
         with tf.device("cpu"):
             images, labels = tf.constant(data.images), tf.constant(data.labels)
 
         def gather(index, shift, weight):
             return tf.gather(images, index), shift, tf.gather(labels, index), weight
 
-        parts = (*(a[rows] for a in plan), weights)
+        parts = (*plan.take(local_examples), local_weights)
         return tf.data.Dataset.from_tensor_slices(parts).map(gather).prefetch(2 * local)
 
     return strategy.distribute_datasets_from_function(pipeline)
+
+
+def _layout(n, batch_size, replicas):
+    """Lay out n examples in batches, and each batch in equal parts for the replicas.
+
+    Returns:
+        The examples' numbers (steps, replicas, part) int, 0 where there is none, and their weights
+        of the same shape, float32: in each step they add up to 1, and are 0 where there is none.
+    """
+    steps, part = math.ceil(n / batch_size), math.ceil(batch_size / replicas)
+    number = np.full((steps, replicas * part), n)
+    number[:, :batch_size] = np.arange(steps * batch_size).reshape(steps, batch_size)
+    real = number < n
+    weights = (real / real.sum(axis=1, keepdims=True)).astype(np.float32)
+    shape = (steps, replicas, part)
+    return np.where(real, number, 0).reshape(shape), weights.reshape(shape)

@@ -11,6 +11,7 @@ Examples:
   tensorboard --logdir=./logs                                    curves and pictures
 """
 
+import codecs
 import contextlib
 import os
 import shlex
@@ -119,6 +120,7 @@ ROWS = [row for rows in FLAGS.values() for row in rows]
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 
 _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
+# Which flag helps, by the type of the error; the other errors say it themselves.
 ADVICE = {
     errors.ImageTooSmall: "give a --dataset of larger images",
     errors.NoCheckpoint: "train first (add --train), or name the folder of a trained network",
@@ -149,16 +151,14 @@ def help_text():
     for group, rows in FLAGS.items():
         lines.append(f"\n{group}:")
         for name, default, bounds, text in rows:
-            shown, note = describe_flag(name, default, bounds)
-            if len(shown) < 44:
-                lines.append(f"  {shown:<44} {text}{note}")
-            else:
-                lines.append(f"  {shown}\n{'':<47}{text}{note}")
-    return "\n".join(lines)
+            usage, values = describe_flag(name, default, bounds)
+            gap = f"\n{'':<46}" if len(usage) >= 44 else ""
+            lines.append(f"  {usage:<44}{gap} {text}{values}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def describe_flag(name, default, bounds):
-    """Return how a flag is written, and a note on its default or bounds."""
+    """Return how to write a flag, and a note on its default or bounds."""
     if isinstance(default, bool):
         return f"--[no]{name}", ""
     if isinstance(default, str):
@@ -187,25 +187,25 @@ def parse(argv):
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
         raise UsageError(" ".join(str(error).split()) + "; see --help") from None
-    check_stray_words(values, stray)
+    if stray:
+        refuse_stray_word(stray[0], values.predict)
     check_values(values)
     fill_in(values)
     check_combinations(values)
     return values
 
 
-def check_stray_words(values, stray):
-    """Raise UsageError if there are words that are no flags."""
-    if stray and values.predict and os.path.exists(stray[0]):
+def refuse_stray_word(word, pattern):
+    """Raise UsageError for a word that is not a flag."""
+    if pattern and os.path.exists(word):
         raise UsageError(
-            f"stray word {stray[0]!r}: the shell replaced the pattern of --predict by the "
+            f"stray word {word!r}: the shell replaced the pattern of --predict by the "
             "files' names, expected a quoted one, such as --predict='*.png'"
         )
-    if stray:
-        raise UsageError(
-            f"stray word {stray[0]!r}, expected only flags: write --flag=value, and "
-            "--noflag to switch one off"
-        )
+    raise UsageError(
+        f"stray word {word!r}, expected only flags: write --flag=value, and --noflag to switch one "
+        "off"
+    )
 
 
 def check_values(values):
@@ -219,13 +219,12 @@ def check_values(values):
             )
         if isinstance(default, str) and default and not value:
             raise UsageError(f"--{name} is empty, expected a name")
-    if values.dataset not in utils.CLASS_NAMES and not (
-        values.dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(values.dataset))
-    ):
+    dataset = values.dataset
+    files = dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(dataset))
+    if dataset not in utils.CLASS_NAMES and not files:
         raise UsageError(
-            f"--dataset={values.dataset} is unknown, expected one of "
-            f"{', '.join(utils.CLASS_NAMES)}, a .npz file, or a folder with "
-            "train/CLASS/* and test/CLASS/*"
+            f"--dataset={dataset} is unknown, expected one of {', '.join(utils.CLASS_NAMES)}, a "
+            ".npz file, or a folder with train/CLASS/* and test/CLASS/*"
         )
 
 
@@ -241,6 +240,8 @@ def fill_in(values):
 
 def check_combinations(values):
     """Raise UsageError if flags contradict each other."""
+    checkpoints = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
+    folders = {os.path.realpath(f) for f in (checkpoints, values.val_checkpoint_dir, values.logdir)}
     if values.restart and not values.train:
         raise UsageError("--restart starts a training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
@@ -249,24 +250,31 @@ def check_combinations(values):
         raise UsageError("--predict takes images of single digits, without --multi_MNIST")
     if values.pretrained and (values.train or values.validation_check):
         raise UsageError(
-            "--pretrained takes the weights that come with the program and cannot be "
-            "combined with --train or --validation_check"
+            "--pretrained takes the weights that come with the program and cannot be combined "
+            "with --train or --validation_check"
         )
-    checkpoints = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
-    folders = (checkpoints, values.val_checkpoint_dir, values.logdir)
-    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+    if len(folders) < 3:
         raise UsageError(
-            "the folders of checkpoints, of the best by validation and of events are "
-            "the same, expected three different ones"
+            "the folders of checkpoints, of the best by validation and of events are the same, "
+            "expected three different ones"
         )
-    if 0 < values.train_size < 6 and values.validation_check:
+    if values.validation_check and 0 < values.train_size < 6:
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
+
+
+def escape_unprintable(error):
+    """Print the bytes of odd file names as they are; escape characters that the terminal lacks."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def main(argv):
     """Run the command line (argv[0] is the program) and return its exit code."""
-    if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
-        sys.stdout.reconfigure(errors="surrogateescape")
+    if hasattr(sys.stdout, "reconfigure"):
+        codecs.register_error("escape_unprintable", escape_unprintable)
+        sys.stdout.reconfigure(errors="escape_unprintable")
     try:
         if any(word in ("--help", "-help", "-h") for word in argv[1:]):
             print(help_text(), flush=True)
@@ -274,12 +282,7 @@ def main(argv):
         values = parse(argv)
         modes = [name for name in MODES if getattr(values, name)]
         if not modes:
-            names = ", ".join(f"--{mode}" for mode in MODES)
-            examples = __doc__.strip().split("\n\n", 1)[1]
-            print(
-                f"Nothing to do: give one or more of {names}.\n{examples}\nAll flags: --help",
-                file=sys.stderr,
-            )
+            print(short_usage(), file=sys.stderr)
             return 2
         code = run_modes(values, argv, modes)
         sys.stdout.flush()  # here, where a reader that has gone is noticed
@@ -293,6 +296,13 @@ def main(argv):
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return 1
+
+
+def short_usage():
+    """Return what to type, for a command line without a mode."""
+    modes = ", ".join(f"--{mode}" for mode in MODES)
+    examples = __doc__.strip().split("\n\n", 1)[1]
+    return f"Nothing to do: give one or more of {modes}.\n{examples}\nAll flags: --help"
 
 
 def run_modes(values, argv, modes):

@@ -1,4 +1,4 @@
-"""The surroundings of a run: TensorFlow's start, the allocator, the machine, progress, errors."""
+"""Start TensorFlow, describe the machine, show progress, and turn errors into one line."""
 
 import contextlib
 import ctypes
@@ -25,11 +25,11 @@ WORKERS_SECONDS = 600
 
 
 def start_tensorflow(quiet="2"):
-    """Import TensorFlow with the allocator set and its remarks kept off the terminal.
+    """Set up the allocator, then import TensorFlow without its startup messages.
 
     Args:
-        quiet: least level of TensorFlow's C++ messages that are shown, if the environment does not
-            say it: "2" errors, "3" fatal ones.
+        quiet: the least severe C++ messages to show, "2" for errors and "3" for fatal ones. A
+            TF_CPP_MIN_LOG_LEVEL in the environment takes precedence.
 
     Returns:
         The module tensorflow.
@@ -37,7 +37,7 @@ def start_tensorflow(quiet="2"):
     keep_big_buffers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
     with silent_stderr():
-        import keras  # noqa: F401 - Keras has remarks of its own
+        import keras  # noqa: F401 - Keras writes startup messages too
         import tensorflow as tf
 
         tf.config.list_physical_devices()
@@ -47,11 +47,11 @@ def start_tensorflow(quiet="2"):
 
 @functools.cache
 def keep_big_buffers():
-    """Make glibc keep freed memory, in huge pages: handing it back costs a third of a step.
+    """Make glibc keep freed memory, in huge pages: returning it costs a third of a step.
 
-    All threads share one arena, which only grows and is not trimmed. The heap is grown once,
-    marked, and freed untouched, so no memory is taken before it is used. Do nothing elsewhere than
-    on Linux with glibc.
+    All threads share one arena, which only grows and is not trimmed. The heap is grown once, marked
+    for huge pages and freed untouched, so no memory is used before it is needed. Without glibc
+    nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -64,41 +64,42 @@ def keep_big_buffers():
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.argtypes = (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    size, page, madv_hugepage = 1900 * 2**20, 2**21, 14  # below the threshold; mman.h
+    size, page, madv_hugepage = 1900 * 2**20, 2**21, 14  # size below the threshold; mman.h
     if heap := libc.malloc(size):
-        libc.madvise(-(-heap // page) * page, size - 2 * page, madv_hugepage)
+        first_page = -(-heap // page) * page
+        libc.madvise(first_page, size - 2 * page, madv_hugepage)
         libc.free(heap)
 
 
 @contextlib.contextmanager
 def silent_stderr():
-    """Drop what is written to file descriptor 2, where TensorFlow writes before it is set up."""
+    """Discard what is written to file descriptor 2: C++ code does not go through sys.stderr."""
     sys.stderr.flush()
-    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 2)
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(sink)
+        os.close(null)
 
 
 @contextlib.contextmanager
 def waiting_for_workers():
-    """End the program if the wait inside is long, or at Ctrl-C.
+    """Exit if the wait inside takes longer than WORKERS_SECONDS, and at Ctrl-C.
 
-    TensorFlow would wait for an hour. It does not let Python run meanwhile, so only what is written
-    in C can end it.
+    TensorFlow would wait for an hour. No Python code runs meanwhile, so the exit must come from C:
+    from faulthandler's timer and from the default action of SIGINT.
     """
     print(
-        "Waiting for the other workers of TF_CONFIG; if they do not all come, this one ends after "
-        f"{WORKERS_SECONDS / 60:g} minutes.",
+        "Waiting for the other workers of TF_CONFIG. This one exits if they have not all connected "
+        f"after {WORKERS_SECONDS / 60:g} minutes.",
         flush=True,
     )
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(WORKERS_SECONDS, exit=True, file=nowhere)
+    with open(os.devnull, "w") as null:
+        faulthandler.dump_traceback_later(WORKERS_SECONDS, exit=True, file=null)
         try:
             yield
         finally:
@@ -114,11 +115,11 @@ def has_gpu():
 
 
 def fastest_conv():
-    """Return the method of `ops.Convolution` that is the fastest on this machine's devices."""
+    """Return the fastest method of `ops.Convolution` on this machine's devices."""
     return "direct" if has_gpu() else "dft"
 
 
-# --- Where a result comes from --------------------------------------------------------------------
+# --- Provenance of a result -----------------------------------------------------------------------
 
 
 def processor():
@@ -131,7 +132,7 @@ def processor():
 
 
 def machine():
-    """Return the processor, its number of cores, and the accelerators, in a line."""
+    """Return the processor, its number of cores and the GPUs, in one line."""
     import tensorflow as tf
 
     gpus = [
@@ -143,19 +144,20 @@ def machine():
 
 @functools.cache
 def commit():
-    """Return the program's commit, with "-dirty" if files were changed since; None without git.
+    """Return the program's commit, with "-dirty" if tracked files differ from it; None without git.
 
-    Call it once at the start: the answer may be another one after an hour of training.
+    The first answer is kept. Call it at the start: files may change during an hour of training.
     """
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(
-            words, cwd=ROOT, check=True, text=True, capture_output=True
-        ).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def provenance():
-    """Return what a result was made with: machine, commit, date and versions."""
+    """Return what a result was made with: machine, commit, date (UTC) and versions."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -177,7 +179,7 @@ def provenance():
 
 
 class Display:
-    """Progress of long work: a bar on a terminal, elsewhere a plain line now and then."""
+    """Progress of long work: a bar on a terminal, elsewhere a plain line every PLAIN_SECONDS."""
 
     PLAIN_SECONDS = 30
 
@@ -193,7 +195,7 @@ class Display:
             TextColumn("{task.fields[text]}", table_column=Column()),  # may wrap
             console=self.console,
         )
-        self.task, self.printed, self.began = None, -math.inf, time.monotonic()
+        self.task, self.started, self.last_printed = None, time.monotonic(), -math.inf
 
     def __enter__(self):
         if self.console.is_terminal:
@@ -209,7 +211,7 @@ class Display:
         self.console.print(text, markup=False)
 
     def show_step(self, progress):
-        """Show the Progress of a training."""
+        """Show the Progress of a training; the end of an epoch always gets a plain line."""
         left = datetime.timedelta(seconds=round(progress.seconds_left))
         head = f"Epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.last_step}"
         losses = "".join(
@@ -224,8 +226,8 @@ class Display:
         self._show(head, text, progress.step, progress.last_step, end_of_epoch)
 
     def show_count(self, what, done, total):
-        """Show how many of anything are done; short work leaves no line."""
-        self.printed = max(self.printed, self.began)
+        """Show how many of `total` are done; without a terminal, short work prints nothing."""
+        self.last_printed = max(self.last_printed, self.started)
         self._show(what, f"{done:,} of {total:,}", done, total)
 
     def _show(self, head, text, done, total, due=False):
@@ -233,8 +235,8 @@ class Display:
             if self.task is None:
                 self.task = self.bar.add_task(head, text=text, total=total)
             self.bar.update(self.task, description=head, text=text, completed=done, total=total)
-        elif due or time.monotonic() - self.printed > self.PLAIN_SECONDS:
-            self.printed = time.monotonic()
+        elif due or time.monotonic() - self.last_printed > self.PLAIN_SECONDS:
+            self.last_printed = time.monotonic()
             print(f"{head}: {text}", flush=True)
 
 
@@ -249,17 +251,17 @@ def plural(count, word):
 
 
 def reason(error):
-    """Return what an error of TensorFlow says, in one line, without the name of a graph's node."""
+    """Return the message of a TensorFlow error in one line, without the names of graph nodes."""
     return re.sub(r"{{.*?}}|\[Op:.*", "", " ".join(str(error).split())).strip()
 
 
 def describe_error(error, advice="", several_workers=False):
-    """Describe an error from outside the program in one line: what is wrong, and what to do.
+    """Describe an error that is no fault of the program in one line: what is wrong, what to do.
 
     Args:
         error: UserError, OSError, MemoryError or an error of TensorFlow.
         advice: what the user can do, for a UserError or MemoryError.
-        several_workers: whether other workers take part.
+        several_workers: whether several workers train together.
     """
     import tensorflow as tf
 

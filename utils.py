@@ -1,4 +1,4 @@
-"""Images and files: data sets to arrays, an image fitted to a network, atomic writing."""
+"""Read data sets and images into arrays, fit an image to a network, and write files atomically."""
 
 import csv
 import gzip
@@ -40,7 +40,7 @@ def atomic_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            # Otherwise a power cut could leave the new name on blocks that were never written.
+            # Without it, a power cut could leave `path` with contents that were never written.
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -51,21 +51,21 @@ def atomic_path(path):
 
 
 def write_json(path, obj):
-    """Write an object, with NumPy numbers and arrays, as JSON. Raise UserError as `atomic_path`."""
+    """Write an object, NumPy numbers and arrays included, as JSON. Raise as `atomic_path`."""
     text = json.dumps(obj, indent=2, default=lambda value: value.tolist())
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_csv(path, header, rows):
-    """Write a table with its header as CSV. Raise UserError as `atomic_path`."""
+    """Write a table as CSV. Raise as `atomic_path`."""
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with atomic_path(path) as temporary, open(temporary, "w", **options) as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def markdown_table(header, rows):
-    """Format a table as Markdown: a list of lines."""
+    """Return the lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
@@ -76,10 +76,10 @@ def random_stream(seed, epoch, purpose):
     Args:
         seed: integer from 0, of any size.
         epoch: integer from 0, of any size.
-        purpose: a word for what the numbers are for.
+        purpose: what the numbers are for, in a word.
 
     Returns:
-        np.random.Generator; different triples give independent numbers.
+        np.random.Generator, independent of that of any other triple.
 
     Raises:
         UserError: the seed is negative.
@@ -110,7 +110,7 @@ CLASS_NAMES = {
     "kmnist": tuple(_KMNIST.split(",")),
 }
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-# What NumPy raises for a damaged .npz file, or another kind of file.
+# What NumPy raises for a damaged .npz file, or a file that is none.
 NPZ_ERRORS = (
     OSError,
     EOFError,
@@ -121,9 +121,9 @@ NPZ_ERRORS = (
     zlib.error,
     tokenize.TokenError,
 )
-_MAX_CLASSES = 1000  # more is probably a mistake in the labels
+_MAX_CLASSES = 1000  # more are probably a mistake in the labels
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images
-_MAX_EXPANSION = 1032  # of deflate: two bits at best for a run of 258 bytes
+_MAX_EXPANSION = 1032  # of deflate: at best two bits for a run of 258 bytes
 
 
 class Dataset(NamedTuple):
@@ -140,8 +140,8 @@ class Dataset(NamedTuple):
 def read_idx(path, dataset=None):
     """Read a gzipped IDX file of unsigned bytes.
 
-    Hostile files do no harm: memory grows with the data that are there, not with what the header
-    claims, and reading stops one byte after the claim. Source: the description of the format at
+    Hostile files do no harm: memory grows with the data in the file, not with what the header
+    claims, and reading stops one byte after the claim. Source of the format:
     http://yann.lecun.com/exdb/mnist/.
 
     Args:
@@ -222,8 +222,8 @@ def load_dataset(name, data_dir):
         Dataset.
 
     Raises:
-        UserError: the name is unknown.
-        DataFileError: files are missing, damaged or do not fit each other.
+        DataFileError: IDX files are missing, damaged or do not fit each other.
+        UserError: the name is unknown, or the .npz file or the folder is no data set.
     """
     if name in CLASS_NAMES:
         return _read_idx_files(name, Path(data_dir) / name)
@@ -302,7 +302,7 @@ def _images_of_npz(path, split, array):
             "floats from 0 to 1; divide them by their largest value"
         )
     converted = np.empty(images.shape, np.uint8)
-    for n in range(0, len(images), 1000):  # in parts, since converting takes memory for each pixel
+    for n in range(0, len(images), 1000):  # in parts: the floats in between take much memory
         converted[n : n + 1000] = to_uint8(images[n : n + 1000])
     return converted
 
@@ -321,7 +321,7 @@ def _labels_of_npz(path, split, labels, count):
 
 
 def read_image(path):
-    """Read an image file, turned upright.
+    """Read an image file, turned upright as its EXIF data say.
 
     Transparent parts become white behind dark ink and black behind light ink.
 
@@ -361,7 +361,7 @@ def _deep_grey(image):
 
 
 def _flatten(image):
-    """Put an RGBA image on white if its ink is dark, else on black."""
+    """Put an RGBA image on a white ground if its ink is dark, else on a black one."""
     *ink, alpha = np.moveaxis(np.asarray(image, np.float64), -1, 0)
     dark = (np.mean(ink, axis=0) * alpha).sum() < 127.5 * alpha.sum()
     ground = Image.new("RGBA", image.size, "white" if dark else "black")
@@ -374,7 +374,7 @@ def _edge_color(image):
 
 
 def is_dark_on_light(image):
-    """Tell whether the edge of an image, uint8 (H, W, C), is brighter than half."""
+    """Tell whether the edge of an image, uint8 (H, W, C), is brighter than mid-grey."""
     return float(_edge_color(image).mean()) > 127.5
 
 
@@ -386,10 +386,10 @@ def fit_image(image, shape, inverted):
     Args:
         image: uint8 (H, W, 1 or 3).
         shape: (H', W', C') of the result.
-        inverted: whether light and dark are swapped.
+        inverted: whether to swap light and dark.
 
     Returns:
-        uint8 (H', W', C'), and what was done to the image, in words.
+        uint8 (H', W', C'), and in words what was done to the image.
     """
     done = []
     height, width, channels = shape

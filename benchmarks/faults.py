@@ -7,13 +7,14 @@ happened, or that the fault was refused in one line and nothing was harmed. Exit
 was lost.
 """
 
-import argparse
+import concurrent.futures
 import contextlib
 import gzip
 import hashlib
-import io
-import json
+import multiprocessing
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,148 +22,260 @@ import sys
 import tempfile
 import threading
 import time
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import faulty_server
 import numpy as np
 import timing
 
+import config
 import download
-import main as command_line
+import errors
 import utils
 
-sys.path.insert(0, str(timing.ROOT / "tests"))
-import test_download
-
 MAIN = timing.ROOT / "main.py"
-SMALL = ["--n_conv=16", "--n_primary=4", "--train_size=1500", "--batch_size=16", "--epoch=2",
-         "--save_steps=7", "--data_deformation", "--validation_check"]
-WHOLE = ["--train_size=576", "--epoch=2", "--save_steps=2", "--data_deformation"]
-DOWNLOAD_FAULTS = {  # answer of the server -> whether the file is there in the end
-    "ok": True, "recovering": True, "chunked": True, "forbidden": False, "absent": False,
-    "busy": False, "limited": False, "mute": False, "stall": False, "truncated": False,
-    "open": False, "broken_chunks": False, "reset": False, "garbage": False, "wrong": False,
-    "noise": False, "page": False, "loop": False, "file_redirect": False,
-}
+SMALL_RUN = [
+    "--n_conv=16",
+    "--n_primary=4",
+    "--train_size=1500",
+    "--batch_size=16",
+    "--epoch=2",
+    "--save_steps=7",
+    "--data_deformation",
+    "--validation_check",
+]
+PAPER_RUN = ["--train_size=576", "--epoch=2", "--save_steps=2", "--data_deformation"]
+DAMAGES = ("truncated", "flipped byte", "emptied", "removed")
+# Faults of the server that a download survives, and those that end it.
+HARMLESS = ("ok", "recovering", "chunked")
+HARMFUL = (
+    "forbidden",
+    "absent",
+    "busy",
+    "limited",
+    "mute",
+    "stall",
+    "truncated",
+    "open",
+    "broken_chunks",
+    "reset",
+    "garbage",
+    "wrong",
+    "noise",
+    "page",
+    "loop",
+    "file_redirect",
+)
+# Values of mutated flags.
+VALUES = ("nan", "inf", "-1", "0", "1e999", "9" * 30, "0x10", "1.5", "true", "False", "None")
+VALUES += ("", "x", "é", "-", "--", "a b", "%s", "../..")
+
+
+# --- Kills in training ----------------------------------------------------------------------------
 
 
 def start(folder, flags):
+    """Start a training in a folder and return its process."""
     return subprocess.Popen(
         [sys.executable, str(MAIN), "--train", f"--data_dir={timing.ROOT / 'data'}", *flags],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def outcome(folder, run="mnist"):
-    """Hashes of the final weights and optimizer, and of all events: tag, step, value."""
+def wait_for_first_step(process):
+    """Read the output of a training up to its first step, or its resumption; return it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "Resuming from step" in line or "step 1/" in line:
+            break
+    return "".join(lines)
+
+
+def fingerprint(folder):
+    """Return hashes of the state of a finished training, and of all its events.
+
+    Args:
+        folder: in which it ran.
+    """
+    return hash_checkpoint(folder / "checkpoint" / "mnist"), hash_events(folder / "logs" / "mnist")
+
+
+def hash_checkpoint(folder):
+    """Return a hash of the newest checkpoint's weights, optimizer, sums, best loss and step."""
     import tensorflow as tf
 
-    import model
+    from training.checkpoints import saved_steps
 
-    checkpoints = folder / "checkpoint" / run
-    newest = f"ckpt-{model.saved_steps(checkpoints)[0]}"
-    reader = tf.train.load_checkpoint(str(checkpoints / newest))
-    weights = hashlib.sha256()
+    reader = tf.train.load_checkpoint(str(folder / f"ckpt-{saved_steps(folder)[0]}"))
+    digest = hashlib.sha256()
     for name in sorted(reader.get_variable_to_shape_map()):
         if name.startswith(("weights/", "optimizer/", "sums/", "best/", "step/")):
-            weights.update(name.encode() + np.asarray(reader.get_tensor(name)).tobytes())
+            digest.update(name.encode() + np.asarray(reader.get_tensor(name)).tobytes())
+    return digest.hexdigest()
+
+
+def hash_events(folder):
+    """Return a hash of all events: folder, tag, step and value."""
+    import tensorflow as tf
+
+    from training.events import event_files
+
     events = []
-    for path in (folder / "logs" / run).rglob("events.out.tfevents.*"):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            for value in event.summary.value:
-                if value.tag != "command":  # the folder of the data is in it, always the same
-                    events.append((path.parent.name, value.tag, event.step,
-                                   value.tensor.SerializeToString()))
-    return weights.hexdigest(), hashlib.sha256(repr(sorted(events)).encode()).hexdigest()
+    for part in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        for _, records, _ in event_files(part):
+            for event in map(tf.compat.v1.Event.FromString, records):
+                events += [
+                    (part.name, value.tag, event.step, value.tensor.SerializeToString())
+                    for value in event.summary.value
+                ]
+    return hashlib.sha256(repr(sorted(events)).encode()).hexdigest()
 
 
-def kills_in_training(kills, flags, dice, folder):
-    """Kill at random moments after the first step, start again, compare the end."""
+def train_undisturbed(folder, flags):
+    """Train without a kill; return the fingerprint, and seconds from the first step to the end."""
+    folder.mkdir()
+    process = start(folder, flags)
+    output = wait_for_first_step(process)
     began = time.monotonic()
-    for name in ("reference", "again"):
-        (folder / name).mkdir()
-        child = start(folder / name, flags)
-        for line in child.stdout:
-            if "step 1/" in line:
-                began = time.monotonic()
-        if child.wait():
-            raise SystemExit(f"the run that is not killed failed: {line}")
-        training_time = time.monotonic() - began
-    reference = outcome(folder / "reference")
-    if reference != outcome(folder / "again"):
-        raise SystemExit("two uninterrupted runs differ: no comparison is possible")
+    output += process.stdout.read()
+    if process.wait():
+        raise errors.UserError(f"the run that is not killed failed: {output}")
+    return fingerprint(folder), time.monotonic() - began
+
+
+def train_with_kills(folder, flags, dice, seconds):
+    """Kill a training at random moments and start it again, until it ends by itself.
+
+    Args:
+        folder: to train in.
+        flags: of the training.
+        dice: random.Random.
+        seconds: after the first step, the latest moment of a kill.
+
+    Returns:
+        Number of kills.
+    """
+    folder.mkdir()
+    kills = 0
+    while True:
+        process = start(folder, flags)
+        output = wait_for_first_step(process)
+        timer = threading.Timer(dice.uniform(0, seconds), process.kill)
+        timer.start()
+        output += process.stdout.read()
+        timer.cancel()
+        if process.wait() == 0:
+            return kills
+        if process.returncode != -signal.SIGKILL:
+            raise errors.UserError(f"went wrong after {kills} kills: {output}")
+        kills += 1
+
+
+def kills_in_training(folder, dice, flags, kills):
+    """Kill trainings at random moments after the first step, and compare how they end.
+
+    Returns:
+        Number of kills, and of the runs that ended differently.
+    """
+    reference, seconds = train_undisturbed(folder / "reference", flags)
+    if train_undisturbed(folder / "again", flags)[0] != reference:
+        raise errors.UserError("two uninterrupted runs differ: no comparison is possible")
     done = lost = runs = 0
     while done < kills:
         place, runs = folder / f"killed_{runs}", runs + 1
-        place.mkdir()
-        while True:
-            child = start(place, flags)
-            for line in child.stdout:
-                if "Going on" in line or "step 1/" in line:
-                    break
-            timer = threading.Timer(dice.uniform(0, training_time), child.kill)
-            timer.start()
-            rest = child.stdout.read()
-            timer.cancel()
-            if child.wait() == 0:
-                break
-            if child.returncode != -signal.SIGKILL:
-                raise SystemExit(f"went wrong after {done} kills: {line}{rest}")
-            done += 1
-        same = outcome(place) == reference
+        done += train_with_kills(place, flags, dice, seconds)
+        same = fingerprint(place) == reference
         lost += not same
-        print(f"  run {runs}: {done} kills so far, end {'identical' if same else 'DIFFERS'}",
-              flush=True)
+        end = "identical" if same else "DIFFERS"
+        print(f"  run {runs}: {done} kills so far, end {end}", flush=True)
         shutil.rmtree(place)
     return done, lost
 
 
-def endless_saves(folder):
-    """Save the paper's network again and again (in a process of its own, to be killed)."""
-    import model
+# --- Kills while saving ---------------------------------------------------------------------------
 
-    trainer, _ = timing.make_trainer(1)
-    steps = model.saved_steps(folder)
-    trainer.step = steps[0] if steps else 0
-    manager = trainer._open_manager(folder, 2, trainer.step if steps else None)
+
+def paper_checkpoints(folder):
+    """Return the Checkpoints of the paper's network in a folder, and a RunState of step 0."""
+    from training.checkpoints import Checkpoints
+
+    trainer = timing.make_trainer(timing.load_digits(1), batch_size=1)
+    state = trainer.state
+    return Checkpoints(folder, trainer.network, trainer.optimizer, len(state.sums)), state
+
+
+def save_endlessly(folder, pipe):
+    """Save a checkpoint again and again, and send the step after each; to be killed.
+
+    Args:
+        folder: of the checkpoints.
+        pipe: connection to send to.
+    """
+    import runtime
+
+    runtime.start_tensorflow()
+    from training.checkpoints import saved_steps
+
+    checkpoints, state = paper_checkpoints(folder)
+    newest = max(saved_steps(folder), default=None)
+    checkpoints.prepare(newest)
+    state.step = newest or 0
     while True:
-        trainer.step += 1
-        trainer.sums = np.full(4, trainer.step, float)
-        trainer._write(manager, 10**9)
-        print(trainer.step, flush=True)
+        state.step += 1
+        state.sums[:] = state.step
+        checkpoints.save(state, {"step": state.step})
+        pipe.send(state.step)
 
 
-def kills_in_saving(kills, dice, folder):
-    """Kill a process that does nothing but save, and read what it left."""
-    import model
+def kill_while_saving(folder, dice):
+    """Kill a process that does nothing but save; return its last step, and seconds of a save."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=save_endlessly, args=(folder, sender))
+    process.start()
+    sender.close()  # of this process: when the other one is killed, the pipe ends
+    receiver.recv()
+    began = time.monotonic()
+    last = receiver.recv()
+    seconds = time.monotonic() - began
+    timer = threading.Timer(dice.uniform(0, 3 * seconds), process.kill)
+    timer.start()
+    with contextlib.suppress(EOFError):
+        while True:
+            last = receiver.recv()
+    process.join()
+    return last, seconds
 
-    trainer, _ = timing.make_trainer(1)
-    folder, lost, seconds = folder / "saves", 0, 0.5
+
+def kills_in_saving(folder, dice, kills):
+    """Kill processes while they save, and restore the newest checkpoint that they left.
+
+    Returns:
+        Number of kills, and after how many the last saved step was not restored.
+    """
+    from training.checkpoints import newest_intact
+
+    folder, lost, seconds = folder / "saves", 0, 0.0
+    checkpoints, _ = paper_checkpoints(folder)
     for _ in range(kills):
-        child = subprocess.Popen([sys.executable, __file__, "--endless_saves", str(folder)],
-                                 stdout=subprocess.PIPE, text=True)
-        last = int(child.stdout.readline())
-        began = time.monotonic()
-        last = int(child.stdout.readline())
-        seconds = time.monotonic() - began
-        timer = threading.Timer(dice.uniform(0, 3 * seconds), child.kill)
-        timer.start()
-        for line in child.stdout:
-            last = int(line)
-        child.wait()
-
-        def read(step):
-            model._restore(trainer._checkpoint, folder, step)
-            return int(trainer._state["sums"].numpy()[0])
-
+        last, seconds = kill_while_saving(folder, dice)
         complaints = []
-        value, step = model.newest_readable(folder, read, complaints.append)
-        lost += not (value == step and step >= last and not complaints)
+        state, step = newest_intact(folder, checkpoints.restore, complaints.append)
+        intact = state is not None and (state.sums == step).all() and step >= last
+        lost += not intact or bool(complaints)
     print(f"  one save takes {seconds:.2f} s", flush=True)
     return kills, lost
 
 
+# --- Damaged files --------------------------------------------------------------------------------
+
+
 def damage(path, kind, dice):
+    """Damage a file in one of the ways of DAMAGES."""
     content = bytearray(path.read_bytes())
     if kind == "truncated":
         path.write_bytes(content[: dice.randrange(len(content))])
@@ -175,166 +288,223 @@ def damage(path, kind, dice):
         path.unlink()
 
 
-def damaged_checkpoints(kind, tries, dice, folder):
-    """Damage one file of the newest checkpoint: the training must go on and end the same."""
-    import model
+def small_trainer(folder):
+    """Return a Trainer of a small network, which writes to a folder."""
+    from model import CapsNet
+    from training.folders import Folders
+    from training.trainer import Trainer
 
-    data = model.Data(*_few_images())
+    data = timing.load_digits(32)
+    network = CapsNet(data.canvas_shape(), timing.CLASSES, 4, 2, 4, 4, decoder_units=(8,))
+    folders = Folders(folder / "checkpoint", folder / "best", folder / "logs")
+    training = config.TrainingConfig(batch_size=8)
+    return Trainer(network, data, training, folders, {}, jit=False, report=lambda text: None)
+
+
+def damaged_checkpoints(folder, dice, kind, tries=5):
+    """Damage a file of the newest checkpoint; the training must resume, at worst from the older.
+
+    Returns:
+        Number of tries, and how often it did not.
+    """
+    from training.checkpoints import saved_steps
+
     lost = 0
-
-    def trainer():
-        net = model.CapsNet(data.canvas_shape(), 10, 4, 2, 4, 4, decoder_units=(8,), conv="direct")
-        place = model.Folders(folder / "c", folder / "b", folder / "l")
-        return model.Trainer(net, data, None, model.Training(batch_size=8), place, {}, jit=False,
-                             report=lambda _: None)
-
-    for _ in range(tries):
-        shutil.rmtree(folder, ignore_errors=True)
-        first = trainer()
-        first.fit(2, save_steps=2)
-        steps = model.saved_steps(folder / "c")
-        files = sorted((folder / "c").glob(f"ckpt-{steps[0]}.*")) + [folder / "c" / "checkpoint"]
+    for number in range(tries):
+        place = folder / str(number)
+        small_trainer(place).fit(2, save_steps=2)
+        checkpoints = place / "checkpoint"
+        newest, older = saved_steps(checkpoints)
+        files = [*sorted(checkpoints.glob(f"ckpt-{newest}.*")), checkpoints / "checkpoint"]
         damage(dice.choice(files), kind, dice)
-        second = trainer()
+        trainer = small_trainer(place)
         try:
-            second.fit(3, save_steps=2)
-            whole = second.step == 3 * second.steps_per_epoch and second.restored >= steps[1]
-        except utils.UserError:  # refused in one line is not lost, but one more was kept
-            whole = False
-        lost += not whole
+            trainer.fit(3, save_steps=2)
+        except errors.UserError:  # refused in one line, but there was an intact one
+            lost += 1
+            continue
+        finished = trainer.state.step == 3 * trainer.steps_per_epoch
+        lost += not finished or trainer.resumed_step < older
     return tries, lost
 
 
-def _few_images():
-    dataset = utils.load_dataset("mnist", timing.ROOT / "data")
-    return dataset.x_train[:32], dataset.y_train[:32]
+# --- Downloads and data files ---------------------------------------------------------------------
 
 
-def bad_downloads(folder):
-    """Each fault of a server: the good file is fetched, or one line says why not."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), test_download.Handler)
-    server.paths, server.over = [], threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+@contextlib.contextmanager
+def hasty_downloads():
+    """Let download.py fetch nothing but the labels, from one address, and give up soon."""
+    mnist, timeout, backoff = download.DATASETS["mnist"], download.TIMEOUT, download.BACKOFF
+    labels = [file for file in mnist.files if file.name == faulty_server.LABELS]
     download.TIMEOUT, download.BACKOFF = 0.5, 0.01
-    known = download.DATASETS["mnist"]
-    labels = [file for file in known.files if file.name == test_download.LABELS]
-    download.DATASETS["mnist"] = known._replace(mirrors=(), files=labels)
-    lost = 0
-    for fault, expected in DOWNLOAD_FAULTS.items():
-        place = folder / fault
-        try:
-            download.fetch("mnist", place, f"http://127.0.0.1:{server.server_port}/{fault}/",
-                           lambda *_: None)
-            fetched = True
-        except download.DownloadError as error:
-            fetched = False
-            lost += "\n" in str(error)
-        names = sorted(path.name for path in place.rglob("*") if path.is_file())
-        lost += fetched != expected or names != [test_download.LABELS] * expected
-    server.over.set()
-    server.shutdown()
-    download.DATASETS["mnist"] = known
-    return len(DOWNLOAD_FAULTS), lost
+    download.DATASETS["mnist"] = mnist._replace(mirrors=(), files=labels)
+    try:
+        yield
+    finally:
+        download.TIMEOUT, download.BACKOFF = timeout, backoff
+        download.DATASETS["mnist"] = mnist
 
 
-def bad_readings(tries, dice, folder):
-    """Mutated data files: an array of what the header says, or one line."""
-    good = gzip.decompress(test_download.GOOD)[:2000]
-    good = good[:4] + (len(good) - 8).to_bytes(4, "big") + good[8:]
-    path, lost = folder / "mutated.gz", 0
-    folder.mkdir(exist_ok=True)
-    for _ in range(tries):
-        content = bytearray(good if dice.random() < 0.5 else gzip.compress(good))
-        for _ in range(dice.randrange(1, 5)):
-            where = dice.randrange(min(len(content), dice.choice((12, 10**6))))
-            change = dice.randrange(3)
-            if change == 0:
-                content[where] = dice.randrange(256)
-            elif change == 1:
-                del content[where : where + dice.randrange(1, 50)]
+def bad_downloads(folder, dice):
+    """Fetch a file from a server with each fault: it is there in the end, or one line says why not.
+
+    Returns:
+        Number of faults, and after how many something else was there or was said.
+    """
+    lost, faults = 0, (*HARMLESS, *HARMFUL)
+    with faulty_server.serving() as server, hasty_downloads():
+        server.handle_error = lambda *_: None  # some faults cut the connection on purpose
+        for fault in faults:
+            place, message = folder / fault, ""
+            try:
+                download.fetch("mnist", place, f"{server.url}{fault}/", lambda *_: None)
+            except download.DownloadError as error:
+                message = str(error)
+            names = [path.name for path in place.rglob("*") if path.is_file()]
+            if fault in HARMLESS:
+                lost += message != "" or names != [faulty_server.LABELS]
             else:
-                content[where:where] = dice.randbytes(dice.randrange(1, 50))
-            content = content or bytearray(1)
+                lost += message == "" or "\n" in message or names != []
+    return len(faults), lost
+
+
+def mutate(content, dice):
+    """Change, delete or insert bytes at a few places of a file's content."""
+    content = bytearray(content)
+    for _ in range(dice.randrange(1, 5)):
+        # Half of the time within the header.
+        place = dice.randrange(min(len(content), dice.choice((12, 10**6))))
+        change = dice.randrange(3)
+        if change == 0:
+            content[place] = dice.randrange(256)
+        elif change == 1:
+            del content[place : place + dice.randrange(1, 50)]
+        else:
+            content[place:place] = dice.randbytes(dice.randrange(1, 50))
+        content = content or bytearray(1)
+    return content
+
+
+def bad_readings(folder, dice, tries):
+    """Read mutated data files: an array of what the header says, or one line.
+
+    Returns:
+        Number of files, and how often there was something else.
+    """
+    whole = gzip.decompress(faulty_server.GOOD)
+    count = 1992
+    labels = whole[:4] + count.to_bytes(4, "big") + whole[8 : 8 + count]
+    path, lost = folder / "mutated.gz", 0
+    for _ in range(tries):
+        content = mutate(labels if dice.random() < 0.5 else gzip.compress(labels), dice)
         compressed = content[:2] == b"\x1f\x8b" or dice.random() < 0.1
         path.write_bytes(content if compressed else gzip.compress(content))
         try:
             array = utils.read_idx(path)
-            lost += not (array.dtype == np.uint8 and array.size <= len(content) * 1032)
-        except utils.UserError as error:
+            lost += array.dtype != np.uint8 or array.size > len(content) * 1032
+        except errors.UserError as error:
             lost += "\n" in str(error)
-        except Exception as error:  # noqa: BLE001 - anything else is a traceback
+        except Exception as error:  # anything else would be a traceback
             print(f"  {error!r}", flush=True)
             lost += 1
     return tries, lost
 
 
-def bad_command_lines(tries, dice):
-    """Mutated command lines without a mode: accepted as flags, or one line and exit code 2."""
-    names = [row[0] for rows in command_line.FLAGS.values() for row in rows]
-    values = ["nan", "inf", "-1", "0", "1e999", "", "true", "False", "x", "9" * 30, "0x10", "1.5",
-              "None", "../..", "é", "-", "--", "a b", "%s", "\x00"]
-    lost = 0
-    for _ in range(tries):
-        argv = ["main.py"]
-        for _ in range(dice.randrange(1, 4)):
-            name = dice.choice([n for n in names if n not in command_line.MODES])
-            if dice.random() < 0.2:
-                name = name[: dice.randrange(len(name))] + dice.choice("aZ_-= ")
-            argv.append(dice.choice(["--", "-", "--no", ""]) + name
-                        + dice.choice(["=", "", " "]) + dice.choice(values))
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                code = command_line.main(argv)
-            text = errors.getvalue()
-            lost += code != 2 or not ("Nothing to do" in text or text.count("\n") == 1)
-        except Exception as error:  # noqa: BLE001 - as above
-            print(f"  {argv}: {error!r}", flush=True)
-            lost += 1
-    return tries, lost
+# --- Command lines --------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--save_kills", type=int, default=20)
-    parser.add_argument("--inputs", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--endless_saves", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.endless_saves:
-        return endless_saves(Path(args.endless_saves))
-    utils.keep_big_buffers()
-    dice, rows = random.Random(args.seed), []
+def run_main(arguments):
+    """Run main.py and return the finished process."""
+    return subprocess.run(
+        [sys.executable, str(MAIN), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
+def flag_names(help_text):
+    """Return the names of main.py's flags but its modes, from what `--help` prints."""
+    _, _, other_groups = help_text.partition("\nWeights:")
+    return re.findall(r"^  --(?:\[no\])?(\w+)", other_groups, re.MULTILINE)
+
+
+def mutated_command_line(names, dice):
+    """Return up to three flags of these names, some misspelt, with values that rarely fit."""
+    words = []
+    for _ in range(dice.randrange(1, 4)):
+        name = dice.choice(names)
+        if dice.random() < 0.2:
+            name = name[: dice.randrange(len(name))] + dice.choice("aZ_- ")
+        prefix, sign = dice.choice(("--", "-", "--no", "")), dice.choice(("=", "", " "))
+        words.append(prefix + name + sign + dice.choice(VALUES))
+    return words
+
+
+def is_refused(process):
+    """Tell whether main.py refused a command line in one line, or found nothing to do in it."""
+    nothing_to_do = process.stderr.startswith("Nothing to do")
+    return process.returncode == 2 and (nothing_to_do or process.stderr.count("\n") == 1)
+
+
+def bad_command_lines(folder, dice, tries):
+    """Run mutated command lines without a mode: accepted as flags, or one line and exit code 2.
+
+    Returns:
+        Number of command lines, and how often there was something else.
+    """
+    names = flag_names(run_main(["--help"]).stdout)
+    lines = [mutated_command_line(names, dice) for _ in range(tries)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        processes = list(pool.map(run_main, lines))
+    lost = [process for process in processes if not is_refused(process)]
+    for process in lost:
+        print(f"  {process.args}: {process.returncode}, {process.stderr[-300:]}", flush=True)
+    return tries, len(lost)
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+def break_everything(flags):
+    """Try all faults, print the table, and return 1 if anything was lost."""
+    inputs = max(1, flags.inputs // 2)
+    trials = [
+        (
+            "kills in training, small network: bit-identical end",
+            kills_in_training,
+            (SMALL_RUN, flags.kills),
+        ),
+        (
+            "kills in training, the paper's network: bit-identical end",
+            kills_in_training,
+            (PAPER_RUN, max(1, flags.kills // 5)),
+        ),
+        ("kills in mid-save: newest checkpoint intact", kills_in_saving, (flags.save_kills,)),
+        *(
+            (f"file of the newest checkpoint {kind}: the run resumes", damaged_checkpoints, (kind,))
+            for kind in DAMAGES
+        ),
+        ("faults of a download server", bad_downloads, ()),
+        ("mutated data files", bad_readings, (inputs,)),
+        ("mutated command lines", bad_command_lines, (inputs,)),
+    ]
     print(timing.machine() + "\n", flush=True)
+    dice, rows = random.Random(flags.seed), []
     with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-
-        def run(name, function, *values):
+        for number, (name, function, arguments) in enumerate(trials):
             print(name, flush=True)
-            folder = place / str(len(rows))
+            folder = Path(place, str(number))
             folder.mkdir()
-            tried, lost = function(*values, folder)
+            tried, lost = function(folder, dice, *arguments)
             rows.append([name, tried, tried - lost, lost])
-
-        run("kills in training, small network: bit-identical end", kills_in_training,
-            args.kills, SMALL, dice)
-        run("kills in training, the paper's network: bit-identical end", kills_in_training,
-            max(1, args.kills // 5), WHOLE, dice)
-        run("kills in mid-save: newest checkpoint whole", kills_in_saving, args.save_kills, dice)
-        for kind in ("truncated", "flipped byte", "emptied", "removed"):
-            run(f"file of the newest checkpoint {kind}: the run goes on", damaged_checkpoints,
-                kind, 5, dice)
-        run("faults of a download server", bad_downloads)
-        run("mutated data files", bad_readings, args.inputs // 2, dice)
-        run("mutated command lines", lambda n, d, _: bad_command_lines(n, d),
-            args.inputs // 2, dice)
     print()
-    timing.table(["what", "tried", "survived", "lost"], rows)
-    print(json.dumps({name: lost for name, _, _, lost in rows if lost}) if any(
-        row[3] for row in rows) else "Nothing lost.")
-    return int(any(row[3] for row in rows))
+    timing.print_table(["what", "tried", "survived", "lost"], rows)
+    total = sum(lost for *_, lost in rows)
+    print("Nothing lost." if not total else f"{total} lost.")
+    return int(total > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = {"kills": 20, "save_kills": 20, "inputs": 400, "seed": 0}
+    sys.exit(timing.run(sys.argv, __doc__, break_everything, **arguments))

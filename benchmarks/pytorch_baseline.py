@@ -3,27 +3,31 @@
     pip install torch
     python benchmarks/pytorch_baseline.py [--rounds=7] [--steps=5] [--batch_size=64]
 
-Each runs in a process of its own with its default settings; they take turns, and the ratio is the
-median over the rounds of the ratios within a round. Training is with data deformation.
+Each runs in its own process with its default settings. They take turns, and the ratio is the median
+over the rounds of the ratios within a round. Training is with data deformation.
 """
 
-import argparse
+import importlib.metadata
 import importlib.util
-import subprocess
 import sys
 
 import numpy as np
 import timing
 
+import errors
+import runtime
 import utils
 
 PARAMETERS = 8_215_568
+TRAIN, INFER = "train step, with deformation", "inference"
+HEADER = ["", "PyTorch ms", "this tool ms", "ratio (median)", "ratios"]
+CALLS = {}  # of this process: what to time, by name
 
 
 def pytorch(batch_size):
-    """Calls that train one step and classify one batch, in PyTorch as people write it."""
+    """Return calls that train one step and classify one batch, in PyTorch as people write it."""
     import torch
-    import torch.nn.functional as F
+    import torch.nn.functional as F  # noqa: N812 - as everybody writes it
     from torch import nn
 
     def squash(s):
@@ -57,7 +61,7 @@ def pytorch(batch_size):
             return v
 
     network = CapsNet()
-    assert sum(p.numel() for p in network.parameters()) == PARAMETERS
+    check_size(sum(p.numel() for p in network.parameters()))
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     dataset = utils.load_dataset("mnist", timing.ROOT / "data")
     images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
@@ -92,78 +96,71 @@ def pytorch(batch_size):
     def infer():
         return network(images).norm(dim=-1).numpy()
 
-    return train, infer
+    return {TRAIN: train, INFER: infer}
 
 
-def ours(batch_size):
-    utils.keep_big_buffers()
-    trainer, batch = timing.make_trainer(batch_size)
-    assert trainer.model.count_params() == PARAMETERS
-    return lambda: trainer.train_step(batch).numpy(), timing.make_inference(trainer, batch)
+def this_tool(batch_size):
+    """Return calls that train one step and classify one batch with this tool."""
+    runtime.start_tensorflow()
+    trainer = timing.make_trainer(timing.load_digits(batch_size), batch_size)
+    batch = timing.first_batch(trainer)
+    check_size(trainer.network.count_params())
+    return {
+        TRAIN: lambda: trainer.train_step(batch).numpy(),
+        INFER: timing.make_inference(trainer.network, batch),
+    }
 
 
-def work(make, batch_size):
-    """Answer each line "WAY STEPS" of the input with the median milliseconds of a call."""
-    calls = make(batch_size)
-    for call in calls:
-        call()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        way, steps = map(int, line.split())
-        print(timing.milliseconds(calls[way], steps), flush=True)
+def check_size(parameters):
+    """Raise RuntimeError if a network does not have the paper's number of parameters."""
+    if parameters != PARAMETERS:
+        raise RuntimeError(f"{parameters:,} parameters, expected {PARAMETERS:,}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--worker", choices=["pytorch", "ours"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        return work({"pytorch": pytorch, "ours": ours}[args.worker], args.batch_size)
+def prepare(make, batch_size):
+    """Make what this process times."""
+    CALLS.update(make(batch_size))
+
+
+def measure(name, steps):
+    """Return the median milliseconds of a call of this process."""
+    return timing.milliseconds(CALLS[name], steps)
+
+
+def compare(flags):
+    """Let both take turns and print the table."""
     if not importlib.util.find_spec("torch"):
-        sys.exit("PyTorch is not installed, and not needed for anything else: pip install torch")
-    workers = {}
-    for name in ("pytorch", "ours"):
-        workers[name] = subprocess.Popen(
-            [sys.executable, __file__, f"--worker={name}", f"--batch_size={args.batch_size}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        raise errors.UserError(
+            "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
-        workers[name].stdout.readline()
-    times = {(name, way): [] for name in workers for way in (0, 1)}
-    for _ in range(args.rounds):
-        for (name, way), found in times.items():
-            workers[name].stdin.write(f"{way} {args.steps}\n")
-            workers[name].stdin.flush()
-            found.append(float(workers[name].stdout.readline()))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    import torch
-
+    with (
+        timing.new_process(prepare, (pytorch, flags.batch_size)) as baseline,
+        timing.new_process(prepare, (this_tool, flags.batch_size)) as tool,
+    ):
+        times = {TRAIN: [], INFER: []}  # (PyTorch, this tool) in each round
+        for _ in range(flags.rounds):
+            for name, pairs in times.items():
+                processes = (baseline, tool)
+                pairs.append([p.submit(measure, name, flags.steps).result() for p in processes])
+    version = importlib.metadata.version("torch")
     print(
-        f"{timing.machine()}, PyTorch {torch.__version__}; batch {args.batch_size}, "
-        f"{args.rounds} rounds\n"
+        f"{timing.machine()}, PyTorch {version}; batch {flags.batch_size}, {flags.rounds} rounds\n"
     )
-    rows = []
-    for way, what in enumerate(("train step, with deformation", "inference")):
-        theirs, our = np.array(times["pytorch", way]), np.array(times["ours", way])
-        ratio = theirs / our
-        rows.append(
-            [
-                what,
-                f"{np.median(theirs):.0f}",
-                f"{np.median(our):.0f}",
-                f"{np.median(ratio):.2f}",
-                f"{ratio.min():.2f} to {ratio.max():.2f}",
-            ]
-        )
-    timing.table(["", "PyTorch ms", "this tool ms", "ratio (median)", "ratios"], rows)
-    return None
+    timing.print_table(HEADER, [row(name, np.array(pairs)) for name, pairs in times.items()])
+
+
+def row(name, pairs):
+    """Return the cells of what was timed: milliseconds (rounds, 2) of PyTorch and this tool."""
+    baseline, tool = np.median(pairs, axis=0)
+    ratios = pairs[:, 0] / pairs[:, 1]
+    return [
+        name,
+        f"{baseline:.0f}",
+        f"{tool:.0f}",
+        f"{np.median(ratios):.2f}",
+        f"{ratios.min():.2f} to {ratios.max():.2f}",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=7, steps=5, batch_size=64))

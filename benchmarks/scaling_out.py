@@ -1,135 +1,144 @@
-"""Step time, share of the communication and differences of results for 1, 2 and 4 replicas.
+"""Efficiency, communication and differences of results for 1, 2 and 4 replicas.
 
     python benchmarks/scaling_out.py [--steps=50] [--batch_size=64]
 
-The replicas are logical devices of this machine's CPU, and share its cores: what the table shows is
-what dividing the work costs, not what more devices would gain. Every number of replicas is a
-process of its own, all on the same batches of the paper's network; one replica has no strategy.
+The replicas are logical devices of this machine's CPU and share its cores: the table shows what
+dividing the work costs, not what more devices would gain. Each number of replicas has its own
+process, and all train the paper's network on the same batches; one replica has no strategy.
 """
 
-import argparse
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import timing
 
-import utils
-
 REPLICAS = (1, 2, 4)
+HEADER = [
+    "replicas",
+    "ms/step",
+    "efficiency on the same cores",
+    "all-reduce ms",
+    "its share",
+    "MB sent by each (ring)",
+    "first loss",
+    "first gradients",
+]
 
 
-def train(replicas, steps, batch_size, file):
-    """Save the first loss and gradients, the last weights, and the times of the parts of a step."""
-    utils.keep_big_buffers()
+def train(replicas, steps, batch_size):
+    """Train on a number of replicas.
+
+    Returns:
+        dict: "step" and "all-reduce", milliseconds; "loss", array of the first losses; "gradients"
+        and "weights", dicts of path to array, of the first step and after all steps.
+    """
     import tensorflow as tf
 
-    import model
+    from input_pipeline import batches
+    from training.distribution import choose_strategy
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(cpu, devices)
-    strategy = model.choose_strategy("one" if replicas == 1 else "mirrored")
+    strategy = choose_strategy("one" if replicas == 1 else "mirrored")
     tf.keras.utils.set_random_seed(0)
-    dataset = utils.load_dataset("mnist", timing.ROOT / "data")
-    data = model.Data(dataset.x_train, dataset.y_train, max_shift=2)
-    with strategy.scope():
-        net = model.CapsNet(data.canvas_shape(), 10, conv="dft")
-    how = model.Training(batch_size=batch_size)
-    trainer = model.Trainer(
-        net, data, None, how, model.Folders(*[Path("unused")] * 3), {}, strategy=strategy
-    )
-    found, seconds = {}, []
-    plan = data.training_plan(0, 0).take(slice(steps * batch_size))
-    for batch in model.batches(data, plan, batch_size, strategy=strategy):
+    data = timing.load_digits()
+    trainer = timing.make_trainer(data, batch_size, strategy=strategy)
+    result, seconds = {}, []
+    plan = data.training_plan(seed=0, epoch=0).take(slice(steps * batch_size))
+    for batch in batches(data, plan, batch_size, strategy=strategy):
         began = time.perf_counter()
         metrics = trainer.train_step(batch).numpy()
         seconds.append(time.perf_counter() - began)
-        if not found:
-            # After one step Adam's first moment is a tenth of the gradient.
-            found = {
-                f"gradient {v.path}": 10 * v.numpy()
-                for v in trainer.optimizer.variables
-                if v.path.endswith("_momentum")
-            } | {"loss": metrics[:2]}
-    found |= {f"weight {v.path}": v.numpy() for v in net.trainable_variables}
-    found["step"] = 1000 * np.median(seconds[1:])
-    found["reduce"] = timing.milliseconds(all_reduce_alone(strategy, net), 10)
-    np.savez(file, **found)
+        if not result:
+            result = {"loss": metrics[:2], "gradients": first_gradients(trainer.optimizer)}
+    variables = trainer.network.trainable_variables
+    result["weights"] = {v.path: v.numpy() for v in variables}
+    result["step"] = 1000 * float(np.median(seconds[1:] or seconds))
+    result["all-reduce"] = timing.milliseconds(all_reduce_alone(strategy, variables), 10)
+    return result
 
 
-def all_reduce_alone(strategy, net):
-    """A call that adds up arrays of the gradients' sizes over the replicas, and nothing else."""
+def first_gradients(optimizer):
+    """Return the gradients of the first step: ten times Adam's first moment after it."""
+    moments = [v for v in optimizer.variables if v.path.endswith("_momentum")]
+    return {v.path: 10 * v.numpy() for v in moments}
+
+
+def all_reduce_alone(strategy, variables):
+    """Return a call that only adds up arrays of the gradients' sizes over the replicas."""
     import tensorflow as tf
 
-    shapes = [v.shape for v in net.trainable_variables]
+    shapes = [v.shape for v in variables]
 
     @tf.function(autograph=False)
     def call(value):
-        def of_replica():
+        def add_up():
             replica = tf.distribute.get_replica_context()
             sums = replica.all_reduce("SUM", [tf.fill(shape, value) for shape in shapes])
             return tf.add_n([each[(0,) * len(each.shape)] for each in sums])
 
-        return strategy.run(of_replica)
+        return strategy.run(add_up)
 
     return lambda: strategy.experimental_local_results(call(tf.constant(1.0)))[0].numpy()
 
 
-def largest_difference(one, other, kind):
-    """The largest difference of the arrays of a kind, in units of each array's largest value."""
-    return max(
-        np.abs(one[name] - other[name]).max() / np.abs(one[name]).max()
-        for name in one.files
-        if name.startswith(kind)
+def largest_difference(expected, actual):
+    """Return the largest difference of arrays, in units of each expected array's largest value.
+
+    Args:
+        expected: array, or dict of name to array.
+        actual: the same.
+    """
+    if isinstance(expected, dict):
+        return max(largest_difference(expected[name], actual[name]) for name in expected)
+    return np.abs(expected - actual).max() / np.abs(expected).max()
+
+
+def row(replicas, result, single):
+    """Return the cells of a number of replicas, compared with the result of a single one."""
+    step, reduce, differences = result["step"], 0.0, ["0"] * 3
+    if replicas > 1:
+        reduce = result["all-reduce"]
+        differences = [
+            f"{largest_difference(single[kind], result[kind]):.1e}"
+            for kind in ("loss", "gradients", "weights")
+        ]
+    return [
+        replicas,
+        f"{step:.0f}",
+        f"{single['step'] / step:.2f}",
+        f"{reduce:.0f}",
+        f"{100 * reduce / step:.0f}%",
+        f"{2 * (replicas - 1) / replicas * megabytes(single):.1f}",
+        *differences,
+    ]
+
+
+def megabytes(result):
+    """Return the size of all gradients in MB."""
+    return sum(gradient.nbytes for gradient in result["gradients"].values()) / 1e6
+
+
+def compare(flags):
+    """Train on each number of replicas and print the table."""
+    print(timing.machine() + f", batch {flags.batch_size}, {flags.steps} steps\n", flush=True)
+    results = {}
+    for replicas in REPLICAS:
+        with timing.new_process() as process:
+            training = process.submit(train, replicas, flags.steps, flags.batch_size)
+            results[replicas] = training.result()
+    single = results[1]
+    timing.print_table(
+        [*HEADER, f"weights after {flags.steps} steps"],
+        [row(replicas, result, single) for replicas, result in results.items()],
+    )
+    print(
+        f"Gradients: {megabytes(single):.1f} MB. Differences in units of each array's largest "
+        "value."
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        return train(int(args.one[0]), args.steps, args.batch_size, args.one[1])
-    print(timing.machine() + f", batch {args.batch_size}, {args.steps} steps\n")
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for replicas in REPLICAS:
-            file = f"{folder}/{replicas}.npz"
-            command = [sys.executable, __file__, "--one", str(replicas), file]
-            command += [f"--steps={args.steps}", f"--batch_size={args.batch_size}"]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-            found[replicas] = np.load(file)
-        rows, one = [], found[1]
-        size = sum(one[name].nbytes for name in one.files if name.startswith("gradient"))
-        for replicas, result in found.items():
-            step, reduce = float(result["step"]), float(result["reduce"]) * (replicas > 1)
-            differences = [
-                f"{largest_difference(one, result, kind):.1e}"
-                for kind in ("loss", "gradient", "weight")
-            ]
-            rows.append(
-                [
-                    replicas,
-                    f"{step:.0f}",
-                    f"{float(one['step']) / step:.2f}",
-                    f"{reduce:.0f}",
-                    f"{100 * reduce / step:.0f}%",
-                    f"{2 * (replicas - 1) / replicas * size / 1e6:.1f}",
-                    *(differences if replicas > 1 else ["0"] * 3),
-                ]
-            )
-    header = ["replicas", "ms/step", "efficiency on the same cores", "all-reduce ms", "its share"]
-    header += ["MB sent by each (ring)", "first loss", "first gradients"]
-    timing.table([*header, f"weights after {args.steps} steps"], rows)
-    print(f"Gradients: {size / 1e6:.1f} MB. Differences in units of each array's largest value.")
-    return None
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(timing.run(sys.argv, __doc__, compare, steps=50, batch_size=64))

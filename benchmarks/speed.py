@@ -1,28 +1,39 @@
-"""Training step and inference of three formulations, beside the machine's matrix products.
+"""Training step and inference of three formulations, next to the machine's matrix products.
 
     python benchmarks/speed.py [--rounds=5] [--steps=3]
 
-Each round measures everything in turn; the table has the medians over the rounds, of times and of
+Each round measures everything in turn. The table has the medians over the rounds, of times and of
 ratios within a round, because the speed of a machine changes from minute to minute.
 """
 
-import argparse
+import sys
 import warnings
 
 import numpy as np
 import timing
 
-import utils
+LITERAL, DIRECT, DEFAULT = "literal, tiled W", "direct, untiled", "default: DFT, XLA"
+HEADER = [
+    "train ms/step",
+    "train images/s",
+    "× literal",
+    "× direct at GEMM peak",
+    "inference images/s",
+    "× literal",
+]
 
 
 def literal_layer():
-    """Routing as it is usually written: W tiled over the batch, one small product for each vote."""
+    """Return a layer that routes as it is usually written.
+
+    W is tiled over the batch, with one small product for each vote.
+    """
     import tensorflow as tf
 
     import ops
 
     class TiledDigitCapsules(ops.DigitCapsules):
-        def call(self, u, at_once=None):
+        def call(self, u, chunk_size=None):
             w = tf.tile(tf.convert_to_tensor(self.W)[None], (tf.shape(u)[0], 1, 1, 1, 1))
             u = tf.tile(u[:, None, :, None], (1, self.n_capsules, 1, 1, 1))
             return ops.routing(tf.matmul(u, w)[..., 0, :], self.iterations)
@@ -31,122 +42,149 @@ def literal_layer():
 
 
 def stages(trainer, batch):
-    """Name -> call that runs one stage of the step forward and backward by itself."""
+    """Return calls by name, each of which runs one stage of a training step alone.
+
+    Args:
+        trainer: of the default formulation.
+        batch: of `input_pipeline.batches`.
+    """
     import tensorflow as tf
 
     import ops
 
-    net = trainer.model
-    images, _ = ops.compose(batch[0], batch[1], 0)
-    features = net.conv1(images)
-    primary = net.primary(features)
-    capsules = net.digits(primary)
-    mask = ops.label_mask(batch[2], 10)
+    network = trainer.network
+    images, _ = ops.compose(batch[0], batch[1], padding=0)
+    features = network.conv1(images)
+    primary = network.primary(features)
+    capsules = network.digits(primary)
+    mask = ops.label_mask(batch[2], timing.CLASSES)
 
-    def both_ways(layer, x, *more, input_gradient=True):
+    def forward_and_backward(layer, x, *more, input_gradient=True):
         upstream = tf.ones_like(layer(x, *more))
 
-        @tf.function(jit_compile=trainer.jit, autograph=False)
+        @tf.function(jit_compile=True, autograph=False)
         def run(x):
             with tf.GradientTape() as tape:
                 tape.watch(x)
                 y = layer(x, *more)
-            sources = [v.value for v in layer.trainable_variables] + [x] * input_gradient
+            sources = [v.value for v in layer.trainable_variables]
+            if input_gradient:
+                sources.append(x)
             return tape.gradient(y, sources, upstream)
 
         return lambda: run(x)
 
-    variables = net.trainable_variables
+    variables = network.trainable_variables
     gradients = [tf.ones_like(v) for v in variables]
 
-    @tf.function(jit_compile=trainer.jit, autograph=False)
+    @tf.function(jit_compile=True, autograph=False)
     def update():
         trainer.optimizer.apply(gradients, variables)
 
     return {
-        "conv1": both_ways(net.conv1, images, input_gradient=False),
-        "primary capsules": both_ways(net.primary, features),
-        "digit capsules, routing": both_ways(net.digits, primary),
-        "decoder": both_ways(net.decoder, capsules, mask),
+        "conv1": forward_and_backward(network.conv1, images, input_gradient=False),
+        "primary capsules": forward_and_backward(network.primary, features),
+        "digit capsules, routing": forward_and_backward(network.digits, primary),
+        "decoder": forward_and_backward(network.decoder, capsules, mask),
         "Adam": update,
     }
 
 
-def main():
-    # The literal layer takes the place of one whose weights the optimizer still lists.
-    warnings.filterwarnings("ignore", "Gradients do not exist")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
-    args = parser.parse_args()
-    utils.keep_big_buffers()
-    print(timing.machine() + "\n")
-    peak = timing.GemmPeak()
-    kinds = {
-        "literal, tiled W": ("direct", False, literal_layer()),
-        "direct, untiled": ("direct", False, None),
-        "default: DFT, XLA": ("dft", True, None),
+def make_calls(batch_size):
+    """Return what to time, calls by name.
+
+    Args:
+        batch_size: images in a step.
+
+    Returns:
+        The training step of each formulation, its inference, and the stages of the default.
+    """
+    formulations = {
+        LITERAL: ("direct", False, literal_layer()),
+        DIRECT: ("direct", False, None),
+        DEFAULT: ("dft", True, None),
     }
+    data = timing.load_digits(batch_size)
+    train, infer = {}, {}
+    for name, (conv, jit, layer) in formulations.items():
+        trainer = timing.make_trainer(data, batch_size, conv, jit, digits_layer=layer)
+        batch = timing.first_batch(trainer)
+        step = trainer.train_step
+        train[name] = lambda step=step, batch=batch: step(batch).numpy()
+        infer[name] = timing.make_inference(trainer.network, batch, jit)
+    return train, infer, stages(trainer, batch)
+
+
+def measure(batch_size, rounds, steps, peak):
+    """Measure all calls in turn.
+
+    Returns:
+        Milliseconds of training steps, inference and stages, dicts of name to array (rounds,); and
+        the rates of matrix products in GFLOP/s, (rounds,).
+    """
+    groups = make_calls(batch_size)
+    times, rates = [{name: [] for name in calls} for calls in groups], []
+    for _ in range(rounds):
+        rates.append(peak.measure())
+        for calls, milliseconds in zip(groups, times, strict=True):
+            for name, call in calls.items():
+                milliseconds[name].append(timing.milliseconds(call, steps))
+    arrays = [{name: np.array(values) for name, values in each.items()} for each in times]
+    return *arrays, np.array(rates)
+
+
+def row(name, train, infer, floor, batch_size):
+    """Return the cells of a formulation; a ratio is the median of the ratios within a round.
+
+    Args:
+        name: of the formulation.
+        train: milliseconds of a step, dict of name to array (rounds,).
+        infer: of inference, the same.
+        floor: (rounds,), milliseconds of the direct convolution at the rate of matrix products.
+        batch_size: images in a step.
+    """
+    train_ms, infer_ms = np.median(train[name]), np.median(infer[name])
+    return [
+        name,
+        f"{train_ms:.0f}",
+        f"{1000 * batch_size / train_ms:.0f}",
+        f"{np.median(train[LITERAL] / train[name]):.2f}",
+        f"{np.median(floor / train[name]):.2f}",
+        f"{1000 * batch_size / infer_ms:.0f}",
+        f"{np.median(infer[LITERAL] / infer[name]):.2f}",
+    ]
+
+
+def compare(flags):
+    """Measure both batch sizes and print the tables."""
+    # The literal layer replaces one whose weights the optimizer still lists.
+    warnings.filterwarnings("ignore", "Gradients do not exist")
+    print(timing.machine() + "\n", flush=True)
+    peak = timing.GemmPeak()
     for batch_size in (64, 128):
-        calls = {}
-        for name, (conv, jit, layer) in kinds.items():
-            trainer, batch = timing.make_trainer(batch_size, conv, jit, digits_layer=layer)
-            step = trainer.train_step
-            calls[name] = (
-                lambda step=step, batch=batch: step(batch).numpy(),
-                timing.make_inference(trainer, batch),
-            )
-        parts = stages(trainer, batch)
-        found = {key: [] for name in kinds for key in ((name, 0), (name, 1))}
-        shares, rates = {name: [] for name in parts}, []
-        for _ in range(args.rounds):
-            rates.append(peak.measure())
-            for name, pair in calls.items():
-                for way in (0, 1):
-                    found[name, way].append(timing.milliseconds(pair[way], args.steps))
-            for name, call in parts.items():
-                shares[name].append(timing.milliseconds(call, args.steps))
-        floor = timing.DIRECT_GFLOP_AT_64 * batch_size / 64 / np.array(rates) * 1000
-        base = np.array(found["literal, tiled W", 0]), np.array(found["literal, tiled W", 1])
-        rows = []
-        for name in kinds:
-            train, infer = np.array(found[name, 0]), np.array(found[name, 1])
-            rows.append(
-                [
-                    name,
-                    f"{np.median(train):.0f}",
-                    f"{batch_size * 1000 / np.median(train):.0f}",
-                    f"{np.median(base[0] / train):.2f}",
-                    f"{np.median(floor / train):.2f}",
-                    f"{batch_size * 1000 / np.median(infer):.0f}",
-                    f"{np.median(base[1] / infer):.2f}",
-                ]
-            )
+        train, infer, alone, rates = measure(batch_size, flags.rounds, flags.steps, peak)
+        floor = 1000 * timing.DIRECT_GFLOP_AT_64 * batch_size / 64 / rates
         print(
-            f"Batch {batch_size}. GEMM peak {np.median(rates):.0f} GFLOP/s; the direct "
-            f"convolution at that rate takes {np.median(floor):.0f} ms a step.\n"
+            f"Batch {batch_size}. GEMM peak {np.median(rates):.0f} GFLOP/s; the direct convolution "
+            f"at that rate takes {np.median(floor):.0f} ms a step.\n"
         )
-        timing.table(
+        timing.print_table(
+            [f"formulation, batch {batch_size}", *HEADER],
+            [row(name, train, infer, floor, batch_size) for name in train],
+        )
+        step = np.median(train[DEFAULT])
+        timing.print_table(
             [
-                "formulation",
-                "train ms/step",
-                "train images/s",
-                "× literal",
-                "× direct at GEMM peak",
-                "inference images/s",
-                "× literal",
+                f"stage of the default at batch {batch_size}, alone, forward and backward",
+                "ms",
+                "share of a step",
             ],
-            rows,
-        )
-        whole = np.median(found["default: DFT, XLA", 0])
-        timing.table(
-            ["stage of the default, alone, forward and backward", "ms", "share of a step"],
             [
-                [name, f"{np.median(ms):.0f}", f"{100 * np.median(ms) / whole:.0f}%"]
-                for name, ms in shares.items()
+                [name, f"{np.median(ms):.0f}", f"{100 * np.median(ms) / step:.0f}%"]
+                for name, ms in alone.items()
             ],
         )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=5, steps=3))

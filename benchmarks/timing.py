@@ -1,42 +1,71 @@
-"""What the benchmarks share: the machine, the rate of its matrix products, a trainer to time."""
+"""What the benchmarks share: flags, machine, tables, processes, and a Trainer to time."""
 
-import os
-import platform
+import concurrent.futures
+import multiprocessing
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+
+from command_line import MOST, Flag, number, run_script
+
+import config
+import runtime
 import utils
 
+ROOT = runtime.ROOT
 # Multiply-adds ×2 of the network at batch 64, direct convolutions: three times the forward pass
 # (forward, gradient of inputs, gradient of weights) less conv1's gradient of the input.
 DIRECT_GFLOP_AT_64 = 77.0
+CLASSES = 10
+FLAGS = {
+    "rounds": "rounds, in each of which everything is measured in turn",
+    "steps": "steps in a measurement",
+    "batch_size": "images in a step",
+    "kills": "kills in training",
+    "save_kills": "kills in mid-save",
+    "inputs": "mutated files and command lines",
+    "seed": "of what is broken, and when",
+}
+
+
+def run(argv, doc, function, starts_tensorflow=True, **defaults):
+    """Run a benchmark from the command line and return the exit code.
+
+    Args:
+        argv: the command line.
+        doc: docstring of the script.
+        function: takes the values of the flags.
+        starts_tensorflow: whether the function needs TensorFlow.
+        **defaults: of its flags, which are keys of FLAGS.
+    """
+    definitions = [
+        Flag(name, default, number(int, 0 if name == "seed" else 1, MOST), FLAGS[name])
+        for name, default in defaults.items()
+    ]
+    return run_script(argv, doc, definitions, function, starts_tensorflow=starts_tensorflow)
 
 
 def machine():
-    """One line: processor, cores, system, versions."""
-    import tensorflow as tf
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
+    """Return processor, cores, versions and date, in a line."""
+    source = runtime.provenance()
+    versions = source["versions"]
     return (
-        f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python "
-        f"{platform.python_version()}, TensorFlow {tf.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}"
+        f"{source['machine']}, Python {versions['python']}, TensorFlow {versions['tensorflow']}, "
+        f"{source['date'][:10]}"
     )
 
 
+def print_table(header, rows):
+    """Print a Markdown table and an empty line."""
+    print("\n".join(utils.markdown_table(header, rows)) + "\n", flush=True)
+
+
 def milliseconds(function, repeats):
-    """Median time of a call, after one that does not count."""
+    """Return the median time of a call, after one that does not count."""
     function()
     times = []
     for _ in range(repeats):
@@ -46,8 +75,19 @@ def milliseconds(function, repeats):
     return 1000 * float(np.median(times))
 
 
+def new_process(initializer=runtime.start_tensorflow, arguments=()):
+    """Return an executor of one new process, which shares nothing with this one.
+
+    Args:
+        initializer: function that the process calls first.
+        arguments: of the initializer.
+    """
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, context, initializer, arguments)
+
+
 class GemmPeak:
-    """The best rate in GFLOP/s of `tf.matmul` at 1024³, 2048³ and 4096³, plain and under XLA."""
+    """The highest rate of `tf.matmul` at 1024³, 2048³ and 4096³, without XLA and with it."""
 
     def __init__(self):
         import tensorflow as tf
@@ -60,59 +100,78 @@ class GemmPeak:
                 self.products.append((2e-6 * n**3, lambda f=product, a=a, b=b: f(a, b)))
 
     def measure(self, repeats=3):
-        return max(gflop / milliseconds(call, repeats) for gflop, call in self.products)
+        """Return the rate in GFLOP/s."""
+        return max(mflop / milliseconds(call, repeats) for mflop, call in self.products)
 
 
-def make_trainer(batch_size, conv="dft", jit=True, image_size=28, digits_layer=None):
-    """A Trainer of the paper's network and a batch of shifted MNIST digits (padded if larger)."""
-    import model
+def load_digits(count=None, image_size=28):
+    """Return Data of the first training digits of MNIST, shifted in training.
 
-    dataset = utils.load_dataset("mnist", ROOT / "data")
-    images = dataset.x_train[:batch_size]
+    Args:
+        count: of the digits, None for all.
+        image_size: pixels of a side; digits are padded to it with zeros.
+    """
+    from input_pipeline import Data
+
+    mnist = utils.load_dataset("mnist", ROOT / "data")
     edge = (image_size - 28) // 2
-    images = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    data = model.Data(images, dataset.y_train[:batch_size], max_shift=2)
-    net = model.CapsNet(data.canvas_shape(), 10, conv=conv)
+    images = np.pad(mnist.x_train[:count], ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    return Data(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)
+
+
+def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_layer=None):
+    """Create a Trainer of the paper's network. Nothing is written while only steps are run.
+
+    Args:
+        data: Data.
+        batch_size: images in a step.
+        conv: method of `ops.Convolution`.
+        jit: whether XLA compiles the step.
+        strategy: tf.distribute.Strategy, or None.
+        digits_layer: class of layer in place of `ops.DigitCapsules`, or None.
+    """
+    import tensorflow as tf
+
+    from model import CapsNet
+    from training.folders import Folders
+    from training.trainer import Trainer
+
+    with (strategy or tf.distribute.get_strategy()).scope():
+        network = CapsNet(data.canvas_shape(), CLASSES, conv=conv)
     if digits_layer:
-        net.digits = digits_layer(10, 16)
-        net.digits.build(
-            net.primary.compute_output_shape(
-                net.conv1.compute_output_shape((None, *data.canvas_shape()))
-            )
-        )
-    trainer = model.Trainer(
-        net,
-        data,
-        None,
-        model.Training(batch_size=batch_size),
-        model.Folders(*[Path("unused")] * 3),
-        {},
-        jit,
-    )
-    batch = next(iter(model.batches(data, data.training_plan(0, 0), batch_size)))
-    return trainer, batch
+        primary = network.conv1.compute_output_shape((None, *data.canvas_shape()))
+        network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)
+        network.digits.build(network.primary.compute_output_shape(primary))
+    training = config.TrainingConfig(batch_size=batch_size)
+    folders = Folders(*[Path("unused")] * 3)
+    return Trainer(network, data, training, folders, {}, jit=jit, strategy=strategy)
 
 
-def make_inference(trainer, batch):
-    """A call that gives the lengths of the digit capsules of a batch, its kernels prepared."""
+def first_batch(trainer):
+    """Return the first batch of a training."""
+    from input_pipeline import batches
+
+    plan = trainer.data.training_plan(seed=0, epoch=0)
+    return next(iter(batches(trainer.data, plan, trainer.config.batch_size)))
+
+
+def make_inference(network, batch, jit=True):
+    """Return a call that computes the lengths of a batch's digit capsules.
+
+    Args:
+        network: CapsNet.
+        batch: of `input_pipeline.batches`.
+        jit: whether XLA compiles it.
+    """
     import tensorflow as tf
 
     import ops
 
-    net, data = trainer.model, trainer.data
-    images, _ = ops.compose(batch[0], batch[1], data.margin)
+    images, _ = ops.compose(batch[0], batch[1], padding=0)
 
-    @tf.function(jit_compile=trainer.jit, autograph=False)
+    @tf.function(jit_compile=jit, autograph=False)
     def lengths(images, spectra):
-        return ops.length(net.capsules(images, spectra))
+        return ops.length(network.capsules(images, spectra, inference=True))
 
-    spectra = net.spectra()
+    spectra = network.spectra()
     return lambda: lengths(images, spectra).numpy()
-
-
-def table(header, rows):
-    """Print a Markdown table."""
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
-    print(flush=True)

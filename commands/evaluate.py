@@ -19,7 +19,7 @@ RIGHT_PAIRS, WRONG_PAIRS = 14, 6  # on the sheet of overlapping digits
 
 
 def test(session):
-    """Measure all test images; print it, and write LOGDIR/RUN/test.json and pictures of errors."""
+    """Measure and print accuracy and losses; write LOGDIR/RUN/test.json and pictures of errors."""
     plan = session.test_data.evaluation_plan(session.flags.multi_test_pairs)
     evaluation, images_per_second = measure(session, plan)
     if not session.chief:
@@ -56,30 +56,35 @@ def measure(session, plan):
     return evaluation, total / (time.perf_counter() - began)
 
 
-def digits_found(evaluation):
-    """Tell of each digit (N, K) whether its class is among the predicted ones."""
+def digits_right(evaluation):
+    """Tell for each digit (N, K) whether its class is among the predicted ones, in any order."""
     return (evaluation.labels[:, :, None] == evaluation.predictions[:, None]).any(axis=2)
 
 
+def accuracy_per_class(evaluation, class_names):
+    """Return the share of right digits by class name; None for a class that is not in the test."""
+    right, shares = digits_right(evaluation), {}
+    for number, name in enumerate(class_names):
+        of_class = evaluation.labels == number
+        shares[name] = float(right[of_class].mean()) if of_class.any() else None
+    return shares
+
+
 def make_result(session, evaluation, images_per_second):
-    """Return what test.json says."""
-    training, found = session.metadata["training"], digits_found(evaluation)
+    """Return the contents of test.json: accuracies, losses, settings, and how they were made."""
+    training = session.metadata["training"]
     wrong, images = int(np.sum(~evaluation.correct)), len(evaluation.correct)
-    per_class = {}
-    for number, name in enumerate(session.dataset.class_names):
-        shown = evaluation.labels == number
-        per_class[name] = float(found[shown].mean()) if shown.any() else None
-    weight = training["reconstruction_weight"]
+    config = TrainingConfig(reconstruction_weight=training["reconstruction_weight"])
     return {
         "accuracy": evaluation.accuracy,
         "error_percent": 100 * wrong / images,
         "wrong": wrong,
         "images": images,
-        "digit_accuracy": float(found.mean()),
+        "digit_accuracy": float(digits_right(evaluation).mean()),
         "margin_loss": evaluation.losses["margin"],
         "reconstruction_loss": evaluation.losses["reconstruction"],
-        "total_loss": TrainingConfig(reconstruction_weight=weight).total_loss(evaluation.losses),
-        "accuracy_per_class": per_class,
+        "total_loss": config.total_loss(evaluation.losses),
+        "accuracy_per_class": accuracy_per_class(evaluation, session.dataset.class_names),
         "images_per_second": images_per_second,
         "dataset": session.name,
         "checkpoint_step": session.metadata["step"],
@@ -100,8 +105,8 @@ def training_seconds(session):
     step = session.metadata["step"]
     scalars, seconds = read_scalars(session.folders.logs / "train", step)
     steps = scalars.get("loss/total", ([],))[0]
-    whole = len(steps) > 0 and (steps[0], steps[-1]) == (1, step)
-    return seconds if whole else None
+    complete = len(steps) > 0 and (steps[0], steps[-1]) == (1, step)
+    return seconds if complete else None
 
 
 def print_result(result, evaluation, overlap):
@@ -120,8 +125,8 @@ def print_result(result, evaluation, overlap):
         f"{result['images_per_second']:.0f} images/s"
     )
     shares = result["accuracy_per_class"].items()
-    known = [f"{name} {100 * share:.2f}%" for name, share in shares if share is not None]
-    print("Accuracy per class: " + ", ".join(known))
+    tested = [f"{name} {100 * share:.2f}%" for name, share in shares if share is not None]
+    print("Accuracy per class: " + ", ".join(tested))
 
 
 def save_misclassified(session, plan, evaluation):

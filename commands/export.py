@@ -38,11 +38,11 @@ def export(session):
 
 
 def check_new(folder):
-    """Raise UserError if a folder is there and not empty, or is a file."""
+    """Raise UserError if a folder exists and is not empty, or is a file."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} is there already, expected a new or empty folder; give another name"
+            f"{folder} exists already, expected a new or empty folder; give another name"
         )
 
 
@@ -58,28 +58,37 @@ def write_network(network, folder, metadata, card, digits=1):
         digits: K, in each image.
 
     Raises:
-        UserError: the folder is there and not empty, or cannot be written.
+        UserError: the folder exists and is not empty, or cannot be written.
     """
     check_new(folder)
     folder = Path(folder)
     portable = CapsNet(**network.settings | {"conv": "direct"}, dtype="float32")
     portable.set_weights(network.get_weights())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as outer:
-        whole = Path(outer, folder.name)
-        archive_with_endpoint(portable, digits).write_out(str(whole / "saved_model"), verbose=False)
-        portable.save(whole / "capsnet.keras")
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        unfinished = Path(temporary, folder.name)
+        archive_with_endpoint(portable, digits).write_out(
+            str(unfinished / "saved_model"), verbose=False
+        )
+        portable.save(unfinished / "capsnet.keras")
         halves = {
             path: value.numpy().astype(np.float16)
             for path, value in by_path(network.variables).items()
         }
-        np.savez_compressed(whole / "weights.npz", **{METADATA: json.dumps(metadata)}, **halves)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        os.replace(whole, folder)
+        np.savez_compressed(
+            unfinished / "weights.npz", **{METADATA: json.dumps(metadata)}, **halves
+        )
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        os.replace(unfinished, folder)
 
 
 def archive_with_endpoint(network, digits):
-    """Return an ExportArchive that serves lengths, capsules and reconstructions of images."""
+    """Return an ExportArchive that serves lengths, capsules and reconstructions of images.
+
+    Args:
+        network: CapsNet.
+        digits: K, how many of the longest capsules are reconstructed.
+    """
 
     def serve(images):
         lengths, capsules = network(images)
@@ -110,8 +119,8 @@ def load_pretrained(network, folder):
     """
     path = Path(folder) / "weights.npz"
     if not path.exists():
-        others = sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz"))
-        raise NoPretrainedWeights(path.parent.name, ", ".join(others))
+        available = sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz"))
+        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
     try:
         with np.load(path) as file:
             metadata = json.loads(str(file[METADATA]))
@@ -131,7 +140,7 @@ def model_card(session, metadata, result):
     Args:
         session: Session.
         metadata: of the weights, with the seconds of their training.
-        result: what `test` wrote, or None; it is quoted if it is of these weights.
+        result: contents of test.json, or None; quoted if it is of these weights.
     """
     training, (height, width, channels) = metadata["training"], metadata["shape"]["image_shape"]
     tested = result and (result["checkpoint_step"], result["training"])
@@ -143,7 +152,7 @@ def model_card(session, metadata, result):
         )
     else:
         measured = "Not measured: these weights were exported without a test of them."
-    seconds = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
+    duration = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
     settings = (metadata["shape"] | training).items()
     return (
         (ROOT / "assets" / "model_card.md")
@@ -152,7 +161,7 @@ def model_card(session, metadata, result):
             name=session.name,
             parameters=f"{session.network.count_params():,}",
             steps=f"{metadata['step']:,}",
-            seconds=seconds,
+            seconds=duration,
             height=height,
             width=width,
             channels=channels,

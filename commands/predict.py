@@ -1,4 +1,4 @@
-"""`--predict`: say what is on image files."""
+"""`--predict`: classify image files."""
 
 import glob
 import os
@@ -38,10 +38,10 @@ def matching_files(pattern):
 
 
 def predict(session):
-    """Print what the network sees on image files, and write a CSV file and a sheet.
+    """Print the likeliest classes of image files, and write a CSV file and a sheet of pictures.
 
     Raises:
-        UserError: no file matches, or some cannot be read; the others are predicted then.
+        UserError: no file matches, or some cannot be read; the others are still predicted.
     """
     paths = matching_files(session.flags.predict)
     names = session.dataset.class_names

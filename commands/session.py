@@ -15,12 +15,13 @@ from commands.export import load_pretrained
 from errors import UsageError, UserError
 from input_pipeline import Data
 from model import CapsNet
-from training.checkpoints import claim, load_weights
+from training.checkpoints import load_weights
 from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
-from training.trainer import Folders
+from training.folders import Folders, claim
 
-PICTURE_MODES = ("test", "reconstruction_test", "tweak_test", "export")
+# They write among the events of the run, or export what these say of it.
+MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
 
 
 class Session:
@@ -77,9 +78,10 @@ class Session:
         )
 
     def _name_folders(self):
+        """Return the Folders of this run."""
         flags = self.flags
         checkpoints = flags.multi_checkpoint_dir if flags.multi_MNIST else flags.checkpoint_dir
-        # Pretrained weights do not go among the figures of a run of the user's own.
+        # Results of the pretrained weights do not mix with those of the user's own run.
         logs = f"{self.name}_pretrained" if flags.pretrained else self.name
         return Folders(
             checkpoint=Path(checkpoints, self.name),
@@ -115,7 +117,7 @@ class Session:
         return digest.hexdigest()[:16]
 
     def load(self):
-        """Restore the weights to be examined, and print which.
+        """Restore the weights to examine, and print where they come from.
 
         Raises:
             UserError: there are none, or they do not fit the network or the classes.
@@ -127,7 +129,7 @@ class Session:
             best = self.flags.validation_check
             folder = self.folders.best if best else self.folders.checkpoint
             self.metadata = load_weights(self.network, folder, print)
-            if self.chief and any(getattr(self.flags, mode) for mode in PICTURE_MODES):
+            if self.chief and any(getattr(self.flags, mode) for mode in MODES_WITH_LOGS):
                 claim(self.folders.logs, self.folders.checkpoint)  # its files are of one run
         training, names = self.metadata["training"], list(self.dataset.class_names)
         if training.get("class_names", names) != names:
@@ -141,18 +143,19 @@ class Session:
         print(f"Weights of step {self.metadata['step']} from {folder}{averaged}")
 
     def _pretrained_folder(self):
+        """Return the folder of the weights that come with the program for the data set."""
         if self.flags.dataset in utils.CLASS_NAMES:
             return runtime.ROOT / "pretrained" / self.name
         return runtime.ROOT / "pretrained" / self.flags.dataset.replace(os.sep, "_")
 
     def show_picture(self, name, picture):
-        """Show a picture (H, W, 3) in TensorBoard, in place of that of an earlier command."""
+        """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""
         with replacing_events(self.folders.logs / "test", name, self.metadata["step"]):
             tf.summary.image(name, picture[None])
 
 
 def data_folder(flags):
-    """Return the folder of the data sets: by default the program's own, wherever it is called."""
+    """Return the folder of the data sets: by default ./data if it exists, else the program's."""
     if flags["data_dir"].present or os.path.isdir(flags.data_dir):
         return flags.data_dir
     return runtime.ROOT / flags.data_dir

@@ -31,13 +31,7 @@ def train(session, other_modes):
         UserError: see `Trainer.fit`.
     """
     flags = session.flags
-    if flags.multi_MNIST and flags.data_deformation:
-        print(
-            "--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
-            f"{config.MULTI_SHIFT} pixels."
-        )
-    if session.chief:
-        print("\n".join(describe(session)), flush=True)
+    announce(session)
     with Display() as display:
         trainer = make_trainer(session, display.report)
         began = time.perf_counter()
@@ -51,34 +45,49 @@ def train(session, other_modes):
             ),
             texts={"flags": flag_table(flags), "command": shlex.join(session.argv)},
         )
-    curve = Path(flags.sample_dir) / "learning_curve.png"
-    if not trained:
+    if trained:
+        print(
+            f"Trained to step {trainer.state.step} in {time.perf_counter() - began:.0f} s; "
+            f"checkpoint in {session.folders.checkpoint}."
+        )
+    else:
         done = trainer.state.step // trainer.steps_per_epoch
         print(
             f"This run is finished: {plural(done, 'epoch')} in {session.folders.checkpoint}. "
             f"To train longer: --epoch={done + 10}; to start over: --restart."
         )
-    else:
-        print(
-            f"Trained to step {trainer.state.step} in {time.perf_counter() - began:.0f} s; "
-            f"checkpoint in {session.folders.checkpoint}."
-        )
+    curve = Path(flags.sample_dir) / "learning_curve.png"
     if session.chief and (trained or not curve.exists()):
         draw_learning_curves(session.folders.logs, curve, trainer.steps_per_epoch)
     if trained and not any(getattr(flags, mode) for mode in other_modes):
         print(next_command(flags, ("train", *other_modes)))
 
 
+def announce(session):
+    """Print what will be trained."""
+    if session.flags.multi_MNIST and session.flags.data_deformation:
+        print(
+            "--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
+            f"{config.MULTI_SHIFT} pixels."
+        )
+    if session.chief:
+        print("\n".join(describe(session)), flush=True)
+
+
 def next_command(flags, modes):
     """Return the command that examines what was trained.
 
-    It has the same flags, since they say which network and which run. One machine is enough.
+    It has the flags of the training that say which network and which run. One machine is enough.
+
+    Args:
+        flags: values of the flags.
+        modes: names of all modes.
     """
     left_out = (*modes, "epoch", "restart", "strategy")
-    kept = [
+    same = [
         flags[name].serialize() for name in flags if flags[name].present and name not in left_out
     ]
-    return "Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(kept)
+    return "Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(same)
 
 
 def describe(session):
@@ -123,8 +132,8 @@ def make_trainer(session, report):
     """
     flags, data, validation = session.flags, session.train_data, None
     if flags.validation_check:
-        kept, held_out = split_validation(len(data.labels), flags.seed)
-        data, validation = data.subset(kept), data.subset(held_out)
+        trained, held_out = split_validation(len(data.labels), flags.seed)
+        data, validation = data.subset(trained), data.subset(held_out)
     names = config.TrainingConfig._fields
     return Trainer(
         session.network,
@@ -132,10 +141,10 @@ def make_trainer(session, report):
         config.TrainingConfig(**{name: getattr(flags, name) for name in names}),
         session.folders,
         run_metadata(session),
-        validation,
-        session.jit,
-        session.strategy,
-        report,
+        validation=validation,
+        jit=session.jit,
+        strategy=session.strategy,
+        report=report,
         draw=lambda: draw_examples(session.network, validation or data),
         summarize=lambda evaluation: summarize(evaluation, data),
     )

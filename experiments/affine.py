@@ -2,45 +2,95 @@
 
     python experiments/affine.py
 
-Trains a CapsNet and a convolutional baseline of about its size on MNIST digits placed at random on 40×40
-pixels, without any other deformation, each until it has the same accuracy on held-out digits (looked at
-twice an epoch), and tests both on digits transformed as those of affNIST are: rotated by up to 20
-degrees, sheared by up to 0.2, scaled by 0.8 to 1.2 in each axis, and moved anywhere on the canvas. The
-transformed digits are made here from MNIST's test digits by the published description and a fixed seed:
-they are of affNIST's distribution, and not the affNIST file. In training the whole 28×28 image stays on
-the canvas, in that test only the ink does; so the same places without deformation are tested as well.
-Writes affine.json and affine.png.
+Trains a CapsNet and a convolutional network of about its size on MNIST digits placed at random on
+40×40 pixels, without any other deformation, each until it has the same accuracy on held-out digits
+(looked at twice an epoch), and tests both on digits transformed as those of affNIST are: rotated by
+up to 20 degrees, sheared by up to 0.2, scaled by 0.8 to 1.2 in each axis, and moved anywhere on the
+canvas. The transformed digits are made from MNIST's test digits by the published description and a
+fixed seed: they have affNIST's distribution, and are not the affNIST file. In training the whole
+28×28 image stays on the canvas, in that test only the ink does; so the same places without
+deformation are tested as well. Writes affine.json and affine.png.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import trial
+from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 from PIL import Image
 
+import config
+import figures
+import runtime
 import utils
 
-CANVAS, MARGIN = 40, 6  # pixels
-PAPER = {"capsnet": 79.0, "cnn": 66.0}  # percent of affNIST right, at 99.23% of expanded MNIST
+CANVAS, PADDING = 40, 6  # pixels: 28 + 2 * 6
+CLASSES = 10
+PAPER = {"capsnet": 79.0, "cnn": 66.0}  # percent of affNIST right, at 99.23% of placed MNIST
 NAMES = {"capsnet": "CapsNet", "cnn": "CNN"}
-LIMITS = {"rotation": 20.0, "shear": 0.2, "scale": 0.2}  # degrees; ratio; from 1, in each axis
-SWEEPS = {  # translation: from the middle of the canvas, 0, to where the ink is at its edges, 1
-    "rotation": (0.0, 20.0, 40.0, 60.0), "shear": (0.0, 0.2, 0.4, 0.6),
-    "scale": (0.6, 0.8, 1.0, 1.2), "translation": (0.0, 0.4, 0.7, 1.0),
+ROTATION, SHEAR, SCALE = 20.0, 0.2, 0.2  # affNIST's limits: degrees; ratio; from 1, in each axis
+
+
+class Sweep(NamedTuple):
+    """Values of one factor of a transformation, while the others are at rest."""
+
+    values: tuple
+    at_rest: float  # the value that changes nothing
+    in_affnist: tuple  # (lowest, highest) value
+    unit: str
+
+
+SWEEPS = {
+    "rotation": Sweep((0.0, 20.0, 40.0, 60.0), 0.0, (0.0, ROTATION), "degrees"),
+    "shear": Sweep((0.0, 0.2, 0.4, 0.6), 0.0, (0.0, SHEAR), "shear"),
+    "scale": Sweep((0.6, 0.8, 1.0, 1.2), 1.0, (1 - SCALE, 1 + SCALE), "scale of both axes"),
+    # From the middle of the canvas, 0, to where the ink is at its edges, 1.
+    "translation": Sweep((0.0, 0.4, 0.7, 1.0), 0.0, (0.0, 1.0), "from the middle to the edges"),
 }
-AT_REST = {"rotation": 0.0, "shear": 0.0, "scale": 1.0, "translation": 0.0}
 
 
-def transform_matrix(rotation, shear, scale_y, scale_x):
-    """The 2×2 matrix that rotates (degrees, clockwise on the screen), after a shear and a scaling.
+def percent(text):
+    """Parse a percentage; a share, such as 0.99, is a mistake."""
+    value = number(float, 0, 100)(text)
+    if value <= 1:
+        raise ValueError("expected percent, more than 1 and up to 100")
+    return value
 
-    It takes (x, y) from the middle of a digit to where that point goes.
+
+FLAGS = [
+    Flag("networks", ",".join(NAMES), distinct(one_of(NAMES)), "to train and test"),
+    Flag(
+        "accuracy",
+        99.23,
+        percent,
+        "percent of held-out digits at which training stops (default: the paper's)",
+    ),
+    Flag("epochs", 20, number(int, 1, MOST), "after which training stops in any case"),
+    Flag("train_size", None, number(int, 1, MOST), "only the first N training images"),
+    DATA_DIR,
+    Flag("output", "runs/affine", path_name, "folder to write to"),
+]
+
+
+# --- Transformed digits ---------------------------------------------------------------------------
+
+
+def transform_matrix(rotation=0.0, shear=0.0, scale_y=1.0, scale_x=1.0):
+    """Return the 2×2 matrix of a scaling, then a shear, then a rotation about a digit's middle.
+
+    Args:
+        rotation: degrees, clockwise on the screen.
+        shear: pixels to the right for each pixel down.
+        scale_y: factor of the height.
+        scale_x: factor of the width.
+
+    Returns:
+        Matrix that takes (x, y), from the middle of the digit, to where that point moves.
     """
     angle = math.radians(rotation)
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -48,208 +98,283 @@ def transform_matrix(rotation, shear, scale_y, scale_x):
 
 
 def transform(image, matrix, place, canvas=CANVAS):
-    """A digit (H, W) uint8 transformed about its middle and moved on a canvas of zeros.
+    """Transform a digit about its middle and move it on a canvas of zeros.
 
     Args:
+        image: (H, W) uint8.
         matrix: of `transform_matrix`.
         place: (down, right) in [0, 1] each: from the first to the last whole pixel at which all ink
-            is on the canvas; digits larger than it stay in its middle.
+            is on the canvas. Digits larger than the canvas stay in its middle.
+        canvas: pixels of its sides.
 
-    Returns uint8 (canvas, canvas).
+    Returns:
+        (canvas, canvas) uint8.
     """
     height, width = image.shape
     large = 2 * canvas
     # Pillow asks where each output pixel comes from; its coordinates are those of pixels' corners.
-    back = np.linalg.inv(matrix)
-    offset = np.array([width, height]) / 2 - back @ np.array([large, large]) / 2
-    coefficients = (*back[0], offset[0], *back[1], offset[1])
-    pixels = np.asarray(Image.fromarray(image).transform(
-        (large, large), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
-    result = np.zeros((canvas, canvas), np.uint8)
-    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-    if len(rows):
-        spans, starts = [], []
-        for found, share in zip((rows, columns), place):
-            size = found[-1] - found[0] + 1
-            if size > canvas:  # its middle
-                spans.append(slice(found[0] + (size - canvas) // 2,
-                                   found[0] + (size - canvas) // 2 + canvas))
-                starts.append(0)
-            else:
-                spans.append(slice(found[0], found[-1] + 1))
-                starts.append(min(int(share * (canvas - size + 1)), canvas - size))
-        part = pixels[spans[0], spans[1]]
-        result[starts[0]:starts[0] + part.shape[0], starts[1]:starts[1] + part.shape[1]] = part
+    inverse = np.linalg.inv(matrix)
+    offset = np.array([width, height]) / 2 - inverse @ np.array([large, large]) / 2
+    coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    picture = Image.fromarray(image).transform((large, large), affine, coefficients, bilinear)
+    pixels, result = np.asarray(picture), np.zeros((canvas, canvas), np.uint8)
+    if pixels.any():
+        rows, to_rows = _move_ink(pixels.any(axis=1), place[0], canvas)
+        columns, to_columns = _move_ink(pixels.any(axis=0), place[1], canvas)
+        result[to_rows, to_columns] = pixels[rows, columns]
     return result
 
 
-def affine_test_images(images, seed=0, deformed=True):
-    """Images (N, 28, 28, 1) -> (N, 40, 40, 1) of affNIST's distribution; a function of the seed.
+def _move_ink(has_ink, place, canvas):
+    """Return which rows (or columns) of a digit to take, and where they are on the canvas."""
+    ink = np.flatnonzero(has_ink)
+    first, size = ink[0], ink[-1] - ink[0] + 1
+    if size > canvas:
+        first += (size - canvas) // 2
+        return slice(first, first + canvas), slice(0, canvas)
+    free = canvas - size
+    start = min(int(place * (free + 1)), free)
+    return slice(first, first + size), slice(start, start + size)
 
-    Not deformed, they are only moved to the same places.
+
+def affine_test_images(images, seed=0, deformed=True):
+    """Make images of affNIST's distribution; a pure function of its arguments.
+
+    Args:
+        images: (N, 28, 28, 1) uint8.
+        seed: of the transformations.
+        deformed: if False, the images are only moved to the same places.
+
+    Returns:
+        (N, 40, 40, 1) uint8.
     """
     stream = utils.random_stream(seed, 0, "affine test")
-    draws = deformed * stream.uniform(-1, 1, (len(images), 4))
+    draws = stream.uniform(-1, 1, (len(images), 4))
     places = stream.uniform(0, 1, (len(images), 2))
-    return np.stack([
-        transform(image[..., 0], transform_matrix(
-            LIMITS["rotation"] * r, LIMITS["shear"] * s, 1 + LIMITS["scale"] * y,
-            1 + LIMITS["scale"] * x), place)
-        for image, (r, s, y, x), place in zip(images, draws, places)])[..., None]
+    if not deformed:
+        draws = np.zeros_like(draws)
+    canvases = []
+    for image, (rotation, shear, y, x), place in zip(images, draws, places, strict=True):
+        matrix = transform_matrix(ROTATION * rotation, SHEAR * shear, 1 + SCALE * y, 1 + SCALE * x)
+        canvases.append(transform(image[..., 0], matrix, place))
+    return np.stack(canvases)[..., None]
 
 
 def swept_images(images, factor, value):
-    """All images with one factor at one value, the others at rest.
+    """Transform all images with one factor at one value and the others at rest.
 
-    They are in the middle of the canvas; those moved by a translation in turn to its four corners.
+    Digits are in the middle of the canvas; a translation moves them to its four corners in turn.
+
+    Args:
+        images: (N, 28, 28, 1) uint8.
+        factor: a key of SWEEPS.
+        value: of the factor.
+
+    Returns:
+        (N, 40, 40, 1) uint8.
     """
-    settings = {"rotation": 0.0, "shear": 0.0, "scale_y": 1.0, "scale_x": 1.0}
-    distance = value / 2 if factor == "translation" else 0.0
     changed = {"scale": ("scale_y", "scale_x"), "translation": ()}.get(factor, (factor,))
-    matrix = transform_matrix(**settings | dict.fromkeys(changed, value))
-    return np.stack([
-        transform(image[..., 0], matrix, (0.5 + distance * y, 0.5 + distance * x))
-        for image, (y, x) in zip(images, itertools.cycle(((-1, -1), (-1, 1), (1, -1), (1, 1))))
-    ])[..., None]
+    matrix = transform_matrix(**dict.fromkeys(changed, value))
+    distance = value / 2 if factor == "translation" else 0.0
+    canvases = []
+    corners = itertools.cycle(itertools.product((-1, 1), repeat=2))
+    for image, (y, x) in zip(images, corners, strict=False):
+        place = 0.5 + distance * y, 0.5 + distance * x
+        canvases.append(transform(image[..., 0], matrix, place))
+    return np.stack(canvases)[..., None]
+
+
+# --- Training and testing -------------------------------------------------------------------------
+
+
+def placed(data):
+    """Plan an evaluation in which each digit is somewhere on the canvas, always at one place."""
+    plan = data.evaluation_plan()
+    shift = utils.random_stream(0, 0, "affine place").integers(
+        -data.max_shift, data.max_shift, plan.shift.shape, np.int32, endpoint=True
+    )
+    return plan._replace(shift=shift)
+
+
+def make_network(name):
+    """Create one of the networks of NAMES."""
+    from cnn import CNN
+
+    from model import CapsNet
+
+    shape, conv = (CANVAS, CANVAS, 1), runtime.fastest_conv()
+    if name == "cnn":
+        return CNN(shape, CLASSES, "affine", conv=conv)
+    return CapsNet(shape, CLASSES, conv=conv)
+
+
+def examine(name, flags, mnist):
+    """Train a network to the accuracy asked for, and test it on all transformed digits.
+
+    Returns:
+        dict: the result of `trial.run`, and that of `test_transformed`.
+    """
+    import trial
+
+    from input_pipeline import Data, split_validation
+
+    size = min(flags.train_size or MOST, len(mnist.y_train))
+    train_indices, held_out = split_validation(size, seed=0)
+    placing = {"padding": PADDING, "max_shift": PADDING}
+    data = Data(mnist.x_train[:size], mnist.y_train[:size], **placing)
+    validation, test_data = data.subset(held_out), Data(mnist.x_test, mnist.y_test, **placing)
+    training = config.TrainingConfig()
+    if name == "cnn":
+        training = training._replace(reconstruction_weight=0.0)
+    outcome, folder = trial.run(
+        Path(flags.output, name),
+        lambda: make_network(name),
+        data.subset(train_indices),
+        test_data,
+        training,
+        flags.epochs,
+        placed(test_data),
+        trial.Goal(flags.accuracy / 100, validation, placed(validation)),
+    )
+    return outcome | test_transformed(name, folder, outcome["trained_epochs"], mnist)
+
+
+def test_transformed(name, folder, trained_epochs, mnist):
+    """Test a network on all transformed digits; what was tested before is not tested again.
+
+    Args:
+        name: of the network.
+        folder: of `trial.run`; gets tested.json.
+        trained_epochs: how long the network was trained.
+        mnist: Dataset.
+
+    Returns:
+        dict: "affine_right" and "places_right", how many of the digits of `affine_test_images` are
+        right; "sweeps", factor -> percent right at each value; "basis", all that it depends on.
+    """
+    images = {
+        "affine_right": affine_test_images(mnist.x_test),
+        "places_right": affine_test_images(mnist.x_test, deformed=False),
+    }
+    basis = {test: hashlib.sha256(made).hexdigest()[:16] for test, made in images.items()}
+    basis |= {factor: list(sweep.values) for factor, sweep in SWEEPS.items()}
+    basis["trained_epochs"] = trained_epochs
+    path = folder / "tested.json"
+    tested = json.loads(path.read_text()) if path.exists() else {}
+    if tested.get("basis") != basis:
+        tested = {"basis": basis, "sweeps": {}}
+    count_right = make_test(name, folder, mnist.y_test)
+    for test, made in images.items():
+        if test not in tested:
+            tested[test] = count_right(made)
+            utils.write_json(path, tested)
+    for factor, sweep in SWEEPS.items():
+        shares = tested["sweeps"].setdefault(factor, [])
+        for value in sweep.values[len(shares) :]:
+            at_rest = value == sweep.at_rest  # the same images for each factor
+            if at_rest and "at_rest" in tested:
+                shares.append(tested["at_rest"])
+            else:
+                print(f"{NAMES[name]}, {factor} {value:g}", flush=True)
+                right = count_right(swept_images(mnist.x_test, factor, value))
+                shares.append(100 * right / len(mnist.y_test))
+            if at_rest:
+                tested["at_rest"] = shares[-1]
+            utils.write_json(path, tested)
+    return tested
+
+
+def make_test(name, folder, labels):
+    """Return a function that counts which images (N, 40, 40, 1) uint8 a trained network gets right.
+
+    Args:
+        name: of the network.
+        folder: of `trial.run`.
+        labels: (N,), of the images.
+    """
+    from input_pipeline import Data
+    from training.checkpoints import load_weights
+    from training.evaluation import Evaluator
+
+    network = make_network(name)
+    load_weights(network, folder / "checkpoint", print)
+    evaluator = Evaluator(network, jit=True)
+
+    def count_right(images):
+        data = Data(images, labels)
+        return int(evaluator.evaluate(data, data.evaluation_plan()).correct.sum())
+
+    return count_right
+
+
+# --- Results --------------------------------------------------------------------------------------
 
 
 def interval(right, n):
-    """Wilson's 95% confidence interval of a share, in percent."""
+    """Return Wilson's 95% confidence interval of a share, in percent."""
     z, p = 1.959964, right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * (middle - half), 100 * (middle + half)
 
 
-def placed(data):
-    """A plan in which each digit lies somewhere on the canvas, the same at each call."""
-    plan = data.evaluation_plan()
-    shift = utils.random_stream(0, 0, "affine place").integers(
-        -data.max_shift, data.max_shift, plan.shift.shape, np.int32, endpoint=True)
-    return plan._replace(shift=shift)
+def table(outcomes):
+    """Return the table of the results, lines of Markdown.
 
-
-def examine(name, flags, mnist):
-    """Train one network to the accuracy asked for, and test it on all that is transformed; once."""
-    _, model = trial.start()
-    from cnn import CNN
-
-    conv = model.fastest_conv()
-    size = min(flags.train_size or 10**9, len(mnist.y_train))
-    trained, held_out = utils.split_validation(size, 0)
-    whole = model.Data(mnist.x_train[:size], mnist.y_train[:size], MARGIN, MARGIN)
-    train_data, validation = whole.subset(trained), whole.subset(held_out)
-    test_data = model.Data(mnist.x_test, mnist.y_test, MARGIN, MARGIN)
-    shape = train_data.canvas_shape()
-
-    def make():
-        if name == "cnn":
-            return CNN(shape, 10, "affine", conv=conv)
-        return model.CapsNet(shape, 10, conv=conv)
-
-    how = model.Training(reconstruction_weight=0.0005 if name == "capsnet" else 0.0)
-    outcome, folder = trial.run(
-        Path(flags.output, name), make, train_data, test_data, how, flags.epochs, placed(test_data),
-        (flags.accuracy / 100, validation, placed(validation)))
-    tests = {"affine_right": affine_test_images(mnist.x_test),
-             "places_right": affine_test_images(mnist.x_test, deformed=False)}
-    basis = {name: hashlib.sha256(images).hexdigest()[:16] for name, images in tests.items()} | {
-        factor: list(values) for factor, values in SWEEPS.items()}
-    basis["trained_epochs"] = outcome["trained_epochs"]
-    kept = folder / "tested.json"
-    tested = json.loads(kept.read_text()) if kept.exists() else {}
-    if tested.get("basis") != basis:
-        tested = {"basis": basis, "sweeps": {}}
-    network = make()
-    model.load_weights(network, folder / "checkpoint", print)
-    on_canvas = model.Data(np.zeros((1, CANVAS, CANVAS, 1), np.uint8), mnist.y_test)
-    forward = model.compile_forward(network, on_canvas, True)
-
-    def right(images):
-        data = on_canvas._replace(images=images)
-        return int(model.evaluate(forward, data, data.evaluation_plan())["correct"].sum())
-
-    n = len(mnist.y_test)
-    for what, images in tests.items():
-        if what not in tested:
-            tested[what] = right(images)
-            utils.write_json(kept, tested)
-    for factor, values in SWEEPS.items():
-        found = tested["sweeps"].setdefault(factor, [])
-        for value in values[len(found):]:
-            if value == AT_REST[factor] and "at_rest" in tested:  # the same images for each factor
-                found.append(tested["at_rest"])
-                continue
-            print(f"{NAMES[name]}, {factor} {value:g}", flush=True)
-            found.append(100 * right(swept_images(mnist.x_test, factor, value)) / n)
-            if value == AT_REST[factor]:
-                tested["at_rest"] = found[-1]
-            utils.write_json(kept, tested)
-    return outcome | tested
+    Args:
+        outcomes: dict of network to what `examine` returns.
+    """
+    header = [
+        "network",
+        "parameters",
+        "epochs",
+        "held-out accuracy, %",
+        "test digits placed at random, %",
+        "anywhere on the canvas, %",
+        "of affNIST's distribution, % (95% interval)",
+        "the paper, affNIST, %",
+    ]
+    rows = []
+    for name, outcome in outcomes.items():
+        n, right = outcome["images"], outcome["affine_right"]
+        low, high = interval(right, n)
+        rows.append(
+            [
+                NAMES[name],
+                f"{outcome['parameters']:,}",
+                f"{outcome['trained_epochs']:g}",
+                f"{100 * outcome['held_out_accuracy']:.2f}",
+                f"{100 * outcome['accuracy']:.2f}",
+                f"{100 * outcome['places_right'] / n:.2f}",
+                f"{100 * right / n:.2f} ({low:.2f} to {high:.2f})",
+                f"{PAPER[name]:g}",
+            ]
+        )
+    return utils.markdown_table(header, rows)
 
 
 def draw(path, outcomes):
-    figure, panels = utils.new_figure(len(SWEEPS), width=9, sharey=True)
-    units = {"rotation": "degrees", "shear": "shear", "scale": "scale of both axes",
-             "translation": "from the middle to the edges"}
-    ranges = {factor: (0, limit) for factor, limit in LIMITS.items()} | {
-        "scale": (1 - LIMITS["scale"], 1 + LIMITS["scale"]), "translation": (0, 1)}
-    for panel, (factor, values) in zip(panels, SWEEPS.items()):
-        for (name, outcome), color in zip(outcomes.items(), utils.LINE_COLORS):
-            panel.plot(values, outcome["sweeps"][factor], "o-", ms=3, color=color,
-                       label=NAMES[name])
-        panel.axvspan(*ranges[factor], color="#e4e6e8", lw=0, label="affNIST's range")
-        utils.label_panel(panel, factor.capitalize(), units[factor])
+    """Draw the accuracy of each network over the values of each factor."""
+    figure, panels = figures.new_figure(len(SWEEPS), width=9, sharey=True)
+    for panel, (factor, sweep) in zip(panels, SWEEPS.items(), strict=True):
+        for (name, outcome), color in zip(outcomes.items(), figures.LINE_COLORS, strict=False):
+            shares = outcome["sweeps"][factor]
+            panel.plot(sweep.values, shares, "o-", ms=3, color=color, label=NAMES[name])
+        panel.axvspan(*sweep.in_affnist, color="#e4e6e8", lw=0, label="affNIST's range")
+        figures.label_panel(panel, factor.capitalize(), sweep.unit)
     panels[0].set_ylabel("% right", fontsize=7)
     panels[0].legend(fontsize=6, frameon=False)
-    utils.save_figure(path, figure)
-
-
-def percent(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 1 < value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected percent, more than 1 and up to 100")
-    return value
-
-
-def main(argv=None):
-    parser = trial.Parser(__doc__)
-    parser.add_argument("--networks", type=trial.some_of(NAMES), default=list(NAMES),
-                        help=f"some of {','.join(NAMES)} (default: both)")
-    parser.add_argument("--accuracy", type=percent, default=99.23,
-                        help="percent of held-out digits at which training stops (default 99.23, the "
-                        "paper's)")
-    parser.add_argument("--epochs", type=trial.positive, default=20,
-                        help="after which it stops in any case (default 20)")
-    parser.add_argument("--train_size", type=trial.positive, help="only the first N images")
-    parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
-    parser.add_argument("--output", default="runs/affine", help="folder (default runs/affine)")
-    flags = parser.parse_args(argv)
-    return trial.report_errors("affine.py", lambda: compare(flags))
-
-
-def table(outcomes):
-    """Lines of Markdown; outcomes: {network: what `examine` returns}."""
-    heads = ["network", "parameters", "epochs", "held-out accuracy, %",
-             "test digits placed at random, %", "anywhere on the canvas, %",
-             "of affNIST's distribution, % (95% interval)", "the paper, affNIST, %"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, outcome in outcomes.items():
-        n = outcome["images"]
-        low, high = interval(outcome["affine_right"], n)
-        lines.append(
-            f"| {NAMES[name]} | {outcome['parameters']:,} | {outcome['trained_epochs']:g} "
-            f"| {100 * outcome['held_out_accuracy']:.2f} | {100 * outcome['accuracy']:.2f} "
-            f"| {100 * outcome['places_right'] / n:.2f} "
-            f"| {100 * outcome['affine_right'] / n:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {PAPER[name]:g} |")
-    return lines
+    figures.save_figure(path, figure)
 
 
 def compare(flags):
+    """Train and test the chosen networks, print the table, and write the picture and the results.
+
+    The last line says what the transformed digits are, since they are not the affNIST file.
+    """
+    from trial import reaches
+
     mnist = utils.load_dataset("mnist", flags.data_dir)
     outcomes = {name: examine(name, flags, mnist) for name in flags.networks}
     print("\n" + "\n".join(table(outcomes)))
@@ -257,14 +382,22 @@ def compare(flags):
     utils.write_json(output / "affine.json", outcomes)
     draw(output / "affine.png", outcomes)
     for name, outcome in outcomes.items():
-        if not trial.reaches(outcome["held_out_accuracy"], flags.accuracy / 100):
-            epochs = outcome["trained_epochs"]
-            print(f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in {epochs:g} "
-                  f"epoch{'s' * (epochs != 1)}; to go on: a larger --epochs.")
-    print(f"\n{len(mnist.y_test):,} digits of affNIST's distribution made from MNIST's test digits, not the affNIST file. "
-          f"Wrote {output / 'affine.json'}, {output / 'affine.png'}")
-    return 0
+        if not reaches(outcome["held_out_accuracy"], flags.accuracy / 100):
+            epochs = runtime.plural(outcome["trained_epochs"], "epoch")
+            print(
+                f"\n{NAMES[name]} did not reach {flags.accuracy:g}% in {epochs}; to train longer: "
+                "a larger --epochs."
+            )
+    print(
+        f"\n{len(mnist.y_test):,} digits of affNIST's distribution made from MNIST's test digits, "
+        f"not the affNIST file. Wrote {output / 'affine.json'}, {output / 'affine.png'}"
+    )
+
+
+def main(argv):
+    """Run a command line and return its exit code."""
+    return run_script(argv, __doc__, FLAGS, compare)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

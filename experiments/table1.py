@@ -3,151 +3,231 @@
     python experiments/table1.py --epochs=3 --seeds=0
     python experiments/table1.py --epochs=3 --seeds=0 --dataset=multi_MNIST --rows=cnn,3-yes
 
-Trains each chosen row with each seed on all training images, shifted by up to 2 pixels (MultiMNIST: pairs
-drawn anew in each epoch), tests it on all test images, and prints means and standard deviations beside
-the paper's. Started again it goes on where it stopped. Writes table1_DATASET.json and .png.
+Trains each chosen row with each seed on all training images, shifted by up to 2 pixels (MultiMNIST:
+other pairs in each epoch), tests it on all test images, and prints means and standard deviations
+next to the paper's. The same command again resumes where it stopped. Writes table1_DATASET.json and
+table1_DATASET.png.
 """
 
-import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import trial
+from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 
+import config
+import figures
+import runtime
 import utils
 
-# Row: method, routing iterations, whether it reconstructs, the paper's error in percent on MNIST and
-# on MultiMNIST (mean and, where it says so, standard deviation of three trials).
+
+class Row(NamedTuple):
+    """A row of the paper's table 1."""
+
+    method: str
+    iterations: int | None  # of routing
+    reconstructs: bool | None
+    paper: dict  # data set -> test error in percent, and where given the deviation of three trials
+
+
 ROWS = {
-    "cnn": ("Baseline CNN", None, None, "0.39", "8.1"),
-    "1-no": ("CapsNet", 1, False, "0.34 ± 0.032", "–"),
-    "1-yes": ("CapsNet", 1, True, "0.29 ± 0.011", "7.5"),
-    "3-no": ("CapsNet", 3, False, "0.35 ± 0.036", "–"),
-    "3-yes": ("CapsNet", 3, True, "0.25 ± 0.005", "5.2"),
+    "cnn": Row("Baseline CNN", None, None, {"MNIST": "0.39", "multi_MNIST": "8.1"}),
+    "1-no": Row("CapsNet", 1, False, {"MNIST": "0.34 ± 0.032"}),
+    "1-yes": Row("CapsNet", 1, True, {"MNIST": "0.29 ± 0.011", "multi_MNIST": "7.5"}),
+    "3-no": Row("CapsNet", 3, False, {"MNIST": "0.35 ± 0.036"}),
+    "3-yes": Row("CapsNet", 3, True, {"MNIST": "0.25 ± 0.005", "multi_MNIST": "5.2"}),
 }
+ABSENT = "–"  # in a cell of the table
+CLASSES = 10
+
+FLAGS = [
+    Flag("rows", None, distinct(one_of(ROWS)), f"of {','.join(ROWS)}; all that the paper has"),
+    Flag("seeds", "0,1,2", distinct(number(int, 0, 2**31 - 1)), "of the trainings of each row"),
+    Flag("epochs", config.EPOCHS, number(int, 1, MOST), "of each training"),
+    Flag("dataset", "MNIST", one_of(("MNIST", "multi_MNIST")), "MNIST or multi_MNIST"),
+    Flag("train_size", None, number(int, 1, MOST), "only the first N training images"),
+    DATA_DIR,
+    Flag("output", "runs/table1", path_name, "folder to write to"),
+]
+
+
+def make_network(row, shape, overlap, seed):
+    """Create the network of a row.
+
+    Args:
+        row: key of ROWS.
+        shape: (H, W, C) of the images.
+        overlap: whether an image shows two digits.
+        seed: of the dropout.
+    """
+    from cnn import CNN
+
+    from model import CapsNet
+
+    conv = runtime.fastest_conv()
+    if row != "cnn":
+        return CapsNet(shape, CLASSES, routing_iterations=ROWS[row].iterations, conv=conv)
+    architecture, digits = ("multi", 2) if overlap else ("mnist", 1)
+    return CNN(shape, CLASSES, architecture, digits, conv, seed)
+
+
+def make_training(row, seed, overlap, epochs, share):
+    """Return the TrainingConfig of a row.
+
+    The learning rate falls over the whole training as far as it does by default, however few the
+    epochs and images are.
+
+    Args:
+        row: key of ROWS.
+        seed: of the training.
+        overlap: whether an image shows two digits.
+        epochs: to train for.
+        share: (images trained on, all training images).
+    """
+    preset = dict(config.MULTI_MNIST) if overlap else {}
+    default_epochs = preset.pop("epoch", config.EPOCHS)
+    training = config.TrainingConfig(seed=seed)._replace(**preset)
+    used, available = share
+    steps = training.decay_steps * epochs * used // (default_epochs * available)
+    weight = training.reconstruction_weight if ROWS[row].reconstructs else 0.0
+    return training._replace(decay_steps=max(1, steps), reconstruction_weight=weight)
 
 
 def run_row(row, seed, flags):
-    """The result of one training; see `trial.run`."""
-    _, model = trial.start()
-    from cnn import CNN
+    """Train and test a row with a seed; return the result, see `trial.run`."""
+    import trial
 
-    import main as main_module  # `main` is this script's own
+    from input_pipeline import Data
 
     mnist = utils.load_dataset("mnist", flags.data_dir)
     overlap = flags.dataset == "multi_MNIST"
-    margin, size = 4 * overlap, flags.train_size or None
-    train_data = model.Data(mnist.x_train[:size], mnist.y_train[:size], margin,
-                            4 if overlap else 2, overlap)
-    test_data = model.Data(mnist.x_test, mnist.y_test, margin, margin, overlap)
-    shape = train_data.canvas_shape()
-    _, iterations, reconstructs, *_ = ROWS[row]
-
-    def make():
-        if row == "cnn":
-            return CNN(shape, 10, "multi" if overlap else "mnist", 1 + overlap,
-                       model.fastest_conv(), seed)
-        return model.CapsNet(shape, 10, routing_iterations=iterations,
-                             conv=model.fastest_conv())
-
-    # However few epochs and images: the rate falls as far as it does by default in all of them.
-    settings = {row[0]: row[1] for row in main_module.FLAGS["Training"]} | (
-        main_module.MULTI_MNIST if overlap else {})
-    how = model.Training(
-        seed=seed, batch_size=settings["batch_size"], averaging=settings["averaging"],
-        decay_steps=max(1, settings["decay_steps"] * flags.epochs * len(train_data.labels)
-                        // (settings["epoch"] * len(mnist.y_train))),
-        reconstruction_weight=settings["reconstruction_weight"] if reconstructs else 0.0)
-    folder = Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}")
-    return trial.run(folder, make, train_data, test_data, how, flags.epochs)[0]
+    if overlap:
+        padding, train_shift, test_shift = config.MULTI_PADDING, *(config.MULTI_SHIFT,) * 2
+    else:
+        padding, train_shift, test_shift = 0, config.MAX_SHIFT, 0
+    size = flags.train_size
+    train_data = Data(mnist.x_train[:size], mnist.y_train[:size], padding, train_shift, overlap)
+    test_data = Data(mnist.x_test, mnist.y_test, padding, test_shift, overlap)
+    share = len(train_data.labels), len(mnist.y_train)
+    outcome, _ = trial.run(
+        Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}"),
+        lambda: make_network(row, train_data.canvas_shape(), overlap, seed),
+        train_data,
+        test_data,
+        make_training(row, seed, overlap, flags.epochs, share),
+        flags.epochs,
+    )
+    return outcome
 
 
 def table(results, dataset):
-    """Lines of Markdown; results: {row: [outcome of each seed]}."""
-    heads = ["method", "routing", "reconstruction", "parameters", "error here, %", "wrong", "seeds",
-             "epochs", "minutes", f"the paper, {dataset}, %"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row, outcomes in results.items():
-        method, iterations, reconstructs, *paper = ROWS[row]
-        errors = [outcome["error_percent"] for outcome in outcomes]
-        spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else ""
-        cells = [method, iterations or "–", {None: "–", True: "yes", False: "no"}[reconstructs],
-                 f"{outcomes[0]['parameters']:,}", f"{statistics.mean(errors):.2f}{spread}",
-                 ", ".join(str(outcome["wrong"]) for outcome in outcomes),
-                 ", ".join(str(outcome["training"]["seed"]) for outcome in outcomes),
-                 outcomes[0]["epochs"],
-                 ", ".join(f"{outcome['training_seconds'] / 60:.0f}" for outcome in outcomes),
-                 paper[dataset == "multi_MNIST"]]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+    """Return the table of the results, lines of Markdown.
+
+    Args:
+        results: dict of row to the results of its seeds.
+        dataset: "MNIST" or "multi_MNIST".
+    """
+    header = [
+        "method",
+        "routing",
+        "reconstruction",
+        "parameters",
+        "error here, %",
+        "wrong",
+        "seeds",
+        "epochs",
+        "minutes",
+        f"the paper, {dataset}, %",
+    ]
+    rows = []
+    for name, outcomes in results.items():
+        row = ROWS[name]
+        mean, deviation = mean_error(outcomes)
+        rows.append(
+            [
+                row.method,
+                row.iterations or ABSENT,
+                {None: ABSENT, True: "yes", False: "no"}[row.reconstructs],
+                f"{outcomes[0]['parameters']:,}",
+                f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.3f}",
+                ", ".join(str(outcome["wrong"]) for outcome in outcomes),
+                ", ".join(str(outcome["training"]["seed"]) for outcome in outcomes),
+                outcomes[0]["epochs"],
+                ", ".join(f"{outcome['training_seconds'] / 60:.0f}" for outcome in outcomes),
+                row.paper.get(dataset, ABSENT),
+            ]
+        )
+    return utils.markdown_table(header, rows)
+
+
+def mean_error(outcomes):
+    """Return mean and standard deviation (None for a single one) of the errors in percent."""
+    errors = [outcome["error_percent"] for outcome in outcomes]
+    return statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else None
 
 
 def draw(path, results, dataset):
-    """Errors here and in the paper as bars."""
-    figure, (panel,) = utils.new_figure(1, width=6)
-    here, there = "here", "the paper"  # each in the legend once
-    for place, (row, outcomes) in enumerate(results.items()):
-        errors = [outcome["error_percent"] for outcome in outcomes]
-        spread = statistics.stdev(errors) if len(errors) > 1 else None
-        panel.bar(place - 0.2, statistics.mean(errors), 0.36, yerr=spread,
-                  color=utils.LINE_COLORS[0],
-                  label=here)
-        here = None
-        paper = ROWS[row][3 + (dataset == "multi_MNIST")]
-        if paper != "–":
-            panel.bar(place + 0.2, float(paper.split()[0]), 0.36, color="#b0b0b0", label=there)
-            there = None
-    names = [f"CapsNet, routing {row[0]},\n{'with' if 'yes' in row else 'no'} reconstruction"
-             if row != "cnn" else "Baseline CNN" for row in results]
-    epochs = next(iter(results.values()))[0]["epochs"]
-    utils.label_panel(panel, f"Test error on {dataset}, %, after {epochs} epoch{'s' * (epochs > 1)} here")
-    panel.set_xticks(range(len(names)), names)
+    """Draw the errors here and the paper's as bars."""
+    figure, (panel,) = figures.new_figure(1, width=6)
+    here, paper = {}, {}  # place of the row -> error
+    for place, (name, outcomes) in enumerate(results.items()):
+        here[place] = mean_error(outcomes)
+        if dataset in ROWS[name].paper:
+            paper[place] = float(ROWS[name].paper[dataset].split()[0])
+    panel.bar(
+        [place - 0.2 for place in here],
+        [mean for mean, _ in here.values()],
+        0.36,
+        yerr=[deviation or 0 for _, deviation in here.values()],
+        color=figures.LINE_COLORS[0],
+        label="here",
+    )
+    panel.bar(
+        [place + 0.2 for place in paper],
+        list(paper.values()),
+        0.36,
+        color="#b0b0b0",
+        label="the paper",
+    )
+    epochs = runtime.plural(next(iter(results.values()))[0]["epochs"], "epoch")
+    figures.label_panel(panel, f"Test error on {dataset}, %, after {epochs} here")
+    panel.set_xticks(range(len(results)), [bar_name(ROWS[name]) for name in results])
     panel.grid(visible=False, axis="x")
     panel.legend(fontsize=7, frameon=False)
-    utils.save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
-def numbers(text):
-    found = [int(word) for word in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
-    if not found or len(set(found)) < len(found) or max(found) >= 2**31:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected different numbers below {2**31:,}, such as 0,1,2")
-    return found
+def bar_name(row):
+    """Return what is written below the bars of a Row."""
+    if row.iterations is None:
+        return row.method
+    reconstruction = "with" if row.reconstructs else "no"
+    return f"{row.method}, routing {row.iterations},\n{reconstruction} reconstruction"
 
 
-def main(argv=None):
-    parser = trial.Parser(__doc__)
-    parser.add_argument("--rows", type=trial.some_of(ROWS), help=f"some of {','.join(ROWS)} (default: all that the "
-                        "paper has)")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="default 0,1,2")
-    parser.add_argument("--epochs", type=trial.positive, default=10, help="default 10")
-    parser.add_argument("--dataset", choices=("MNIST", "multi_MNIST"), default="MNIST")
-    parser.add_argument("--train_size", type=trial.positive, help="only the first N training images")
-    parser.add_argument("--data_dir", default=str(trial.ROOT / "data"))
-    parser.add_argument("--output", default="runs/table1", help="folder (default runs/table1)")
-    flags = parser.parse_args(argv)
-    column = 3 + (flags.dataset == "multi_MNIST")
-    chosen = flags.rows or [row for row, cells in ROWS.items() if cells[column] != "–"]
-    return trial.report_errors("table1.py", lambda: train_all(chosen, flags))
-
-
-def train_all(chosen, flags):
-    results = {}
-    for row in chosen:
+def train_all(flags):
+    """Train and test all chosen rows, print the table, and write the picture and the results."""
+    dataset, results = flags.dataset, {}
+    for row in flags.rows or [name for name in ROWS if dataset in ROWS[name].paper]:
         for seed in flags.seeds:
-            print(f"{flags.dataset}, row {row}, seed {seed}:", flush=True)
+            print(f"{dataset}, row {row}, seed {seed}:", flush=True)
             results.setdefault(row, []).append(run_row(row, seed, flags))
-    path = Path(flags.output, f"table1_{flags.dataset}.json")
+    path = Path(flags.output, f"table1_{dataset}.json")
     utils.write_json(path, results)
-    draw(path.with_suffix(".png"), results, flags.dataset)
-    some = next(iter(results.values()))[0]
-    print("\n" + "\n".join(table(results, flags.dataset)))
-    print(f"\n{some['machine']}, TensorFlow {some['versions']['tensorflow']}; {some['images']:,} "
-          f"tested. Wrote {path}, {path.with_suffix('.png')}")
-    return 0
+    draw(path.with_suffix(".png"), results, dataset)
+    print("\n" + "\n".join(table(results, dataset)))
+    first = next(iter(results.values()))[0]
+    print(
+        f"\n{first['machine']}, TensorFlow {first['versions']['tensorflow']}; "
+        f"{first['images']:,} tested. Wrote {path}, {path.with_suffix('.png')}"
+    )
+
+
+def main(argv):
+    """Run a command line and return its exit code."""
+    return run_script(argv, __doc__, FLAGS, train_all)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

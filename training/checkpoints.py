@@ -1,4 +1,4 @@
-"""Checkpoints: save, prune, and restore the newest intact one; lock, claim and archive folders."""
+"""Checkpoints: save them, delete the oldest, and restore the newest intact one."""
 
 import contextlib
 import dataclasses
@@ -7,25 +7,20 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
-import filelock
 import numpy as np
 import tensorflow as tf
 
-from errors import (
-    DamagedCheckpoints,
-    FolderInUse,
-    FolderTaken,
-    NetworkMismatch,
-    NoCheckpoint,
-    UserError,
-)
+from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
 from runtime import reason
 
 KEPT = 2  # checkpoints of a run
 METADATA = "facts"  # its key in a checkpoint
-DAMAGE = (tf.errors.OpError, ValueError)  # what reading a damaged checkpoint raises
+VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"  # TensorFlow's ending of a variable's key
+# What TensorFlow raises for a damaged checkpoint; IndexError if the data end too early.
+DAMAGE = (tf.errors.OpError, IndexError)
 
 
 @dataclasses.dataclass
@@ -38,7 +33,7 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of a training in one folder. Nothing is on disk before `prepare`.
+    """The checkpoints of a training in one folder. Nothing is on disk before `prepare` or `save`.
 
     Args:
         folder: of the checkpoints.
@@ -50,17 +45,18 @@ class Checkpoints:
 
     def __init__(self, folder, network, optimizer, n_sums, keep=KEPT):
         self.folder, self.keep = Path(folder), keep
-        self._groups = {
-            "weights": by_path(network.variables),
-            "optimizer": by_path(optimizer.variables),
-        }
         self._state = {
             METADATA: tf.Variable(""),
             "sums": tf.Variable(np.zeros(n_sums)),
             "best": tf.Variable(np.float64(math.inf)),
             "step": tf.Variable(np.int64(0)),
         }
-        self._checkpoint = tf.train.Checkpoint(**self._groups, **self._state)
+        self._variables = {
+            "weights": by_path(network.variables),
+            "optimizer": by_path(optimizer.variables),
+            **self._state,
+        }
+        self._checkpoint = tf.train.Checkpoint(**self._variables)
         # Create it now: a lazily created counter would be restored from a damaged checkpoint.
         self._checkpoint.save_counter.assign(0)
 
@@ -71,21 +67,22 @@ class Checkpoints:
             intact_step: of the newest intact checkpoint, None if there is none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        older = [
-            step
-            for step in saved_steps(self.folder)
-            if intact_step is not None and step <= intact_step
-        ]
-        for path in (*self.folder.glob("ckpt-*"), *self.folder.glob("checkpoint.tmp*")):
+        steps = saved_steps(self.folder)
+        older = [step for step in steps if intact_step is not None and step <= intact_step]
+        for path in self.folder.glob("checkpoint.tmp*"):
+            path.unlink()
+        for path in self.folder.glob("ckpt-*"):
             part = re.fullmatch(r"ckpt-(\d+)(_temp|\.index|\.data-\d+-of-\d+)", path.name)
             if part and part[2] == "_temp":
                 shutil.rmtree(path)
-            elif path.name.startswith("checkpoint.tmp") or (part and int(part[1]) not in older):
+            elif part and int(part[1]) not in older:
                 path.unlink()
         self._write_list(older)
 
     def save(self, state, metadata):
         """Write a checkpoint of the current variables, then delete the oldest ones.
+
+        TensorFlow writes to a temporary folder and renames the files at the end.
 
         Args:
             state: RunState.
@@ -94,18 +91,15 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the older ones are as they were.
         """
-        values = {
-            METADATA: json.dumps(metadata),
-            "sums": state.sums,
-            "best": state.best_loss,
-            "step": state.step,
-        }
-        for name, value in values.items():
-            self._state[name].assign(value)
+        self._state[METADATA].assign(json.dumps(metadata))
+        self._state["sums"].assign(state.sums)
+        self._state["best"].assign(state.best_loss)
+        self._state["step"].assign(state.step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._checkpoint.write(str(self.folder / f"ckpt-{state.step}"))
-            steps = saved_steps(self.folder)
+            others = [step for step in saved_steps(self.folder) if step != state.step]
+            steps = [state.step, *others]
             self._write_list(steps[: self.keep])
             for step in steps[self.keep :]:
                 for path in self.folder.glob(f"ckpt-{step}.*"):
@@ -117,7 +111,7 @@ class Checkpoints:
             ) from error
 
     def _write_list(self, steps):
-        """Write TensorFlow's list of checkpoints, the newest first; its paths are relative."""
+        """Write TensorFlow's list of checkpoints, for steps that begin with the newest."""
         if not steps:
             (self.folder / "checkpoint").unlink(missing_ok=True)
             return
@@ -129,9 +123,9 @@ class Checkpoints:
 
         Raises:
             NetworkMismatch: a variable is missing or has another shape.
-            tf.errors.OpError, ValueError: the checkpoint is damaged.
+            DAMAGE: the checkpoint is damaged.
         """
-        restore(self._checkpoint, self._groups, self.folder, step)
+        restore(self._variables, self.folder, step, self._checkpoint)
         return RunState(
             step=int(self._state["step"].numpy()),
             sums=self._state["sums"].numpy(),
@@ -159,16 +153,21 @@ class Checkpoints:
             different = differences(metadata["shape"] | metadata["training"], settings)
             return metadata, different, None if different else self.restore(step)
 
-        found, _ = newest_intact(self.folder, read, report)
-        return found or (None, "", None)
+        result, _ = newest_intact(self.folder, read, report)
+        return result or (None, "", None)
 
     def newest_intact_step(self, report):
-        """Return the step of the newest checkpoint whose weights can be read, or None."""
+        """Return the step of the newest checkpoint whose weights can be read, or None.
+
+        Raises:
+            NetworkMismatch: a weight is missing or has another shape.
+        """
 
         def read(step):
-            reader = tf.train.load_checkpoint(str(self.folder / f"ckpt-{step}"))
-            for key in variable_shapes(self._groups["weights"], "weights"):
-                reader.get_tensor(key)
+            weights = {"weights": self._variables["weights"]}
+            with open_checkpoint(self.folder, step) as (reader, _):
+                for key in check_shapes(reader, weights, self.folder, step):
+                    reader.get_tensor(key)
 
         with contextlib.suppress(DamagedCheckpoints):
             return newest_intact(self.folder, read, report)[1]
@@ -198,43 +197,91 @@ def saved_steps(folder):
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
+@contextlib.contextmanager
+def open_checkpoint(folder, step):
+    """Open a checkpoint.
+
+    Yields:
+        TensorFlow's reader of it, and the path that TensorFlow can read it by.
+
+    Raises:
+        DAMAGE: its index is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        if "[" in str(folder):  # TensorFlow takes the path for a pattern, which it does not match
+            outer = stack.enter_context(tempfile.TemporaryDirectory())
+            link = Path(outer, "folder")
+            link.symlink_to(Path(folder).resolve(), target_is_directory=True)
+            folder = link
+        path = str(Path(folder) / f"ckpt-{step}")
+        yield tf.train.load_checkpoint(path), path
+
+
 def read_metadata(folder, step):
-    """Return the metadata that a checkpoint was saved with. Raise DAMAGE if it is damaged."""
-    reader = tf.train.load_checkpoint(str(Path(folder) / f"ckpt-{step}"))
-    return json.loads(reader.get_tensor(f"{METADATA}/.ATTRIBUTES/VARIABLE_VALUE"))
+    """Return the metadata that a checkpoint was saved with.
+
+    Raises:
+        NetworkMismatch: it was saved without any.
+        DAMAGE: the checkpoint is damaged.
+    """
+    with open_checkpoint(folder, step) as (reader, _):
+        (key,) = check_shapes(reader, {METADATA: tf.TensorSpec(())}, folder, step)
+        return json.loads(reader.get_tensor(key))
 
 
-def variable_shapes(variables, group):
-    """Return the shapes of a group of variables by their keys in a checkpoint."""
-    names = {path: path.replace(".", "..").replace("/", ".S") for path in variables}
-    return {
-        f"{group}/{names[path]}/.ATTRIBUTES/VARIABLE_VALUE": variable.shape.as_list()
-        for path, variable in variables.items()
-    }
-
-
-def restore(checkpoint, groups, folder, step):
-    """Restore groups of variables from a checkpoint.
+def check_shapes(reader, variables, folder, step):
+    """Check that a checkpoint has these variables, in their shapes.
 
     Args:
-        checkpoint: tf.train.Checkpoint of the groups.
-        groups: dict of group to dict of path to variable.
+        reader: of the checkpoint.
+        variables: dict of name to variable, or of group to such a dict.
         folder: of the checkpoints.
         step: of the checkpoint.
 
+    Returns:
+        The keys of the variables in the checkpoint.
+
+    Raises:
+        NetworkMismatch: a variable is missing or has another shape.
+    """
+    saved, expected = reader.get_variable_to_shape_map(), dict(_shapes(variables))
+    for key, shape in expected.items():
+        if saved.get(key) != shape:
+            there = f"of shape {saved[key]}" if key in saved else "missing"
+            name = key.removesuffix(VALUE).replace(".S", "/").replace("..", ".")
+            raise NetworkMismatch(
+                Path(folder) / f"ckpt-{step}", f"{name} is {there} there and of shape {shape} here"
+            )
+    return list(expected)
+
+
+def _shapes(variables, group=""):
+    """Yield the keys of variables in a checkpoint, and their shapes."""
+    for name, value in variables.items():
+        key = group + name.replace(".", "..").replace("/", ".S")  # as TensorFlow escapes them
+        if isinstance(value, dict):
+            yield from _shapes(value, f"{key}/")
+        else:
+            yield key + VALUE, value.shape.as_list()
+
+
+def restore(variables, folder, step, checkpoint=None):
+    """Restore variables from a checkpoint.
+
+    Args:
+        variables: as in `check_shapes`.
+        folder: of the checkpoints.
+        step: of the checkpoint.
+        checkpoint: tf.train.Checkpoint of the variables, if there is one.
+
     Raises:
         NetworkMismatch: a variable is missing or has another shape. Nothing was restored.
-        tf.errors.OpError, ValueError: the checkpoint is damaged.
+        DAMAGE: the checkpoint is damaged. Some variables may have been restored.
     """
-    place = Path(folder) / f"ckpt-{step}"
-    saved = tf.train.load_checkpoint(str(place)).get_variable_to_shape_map()
-    for group, variables in groups.items():
-        for key, shape in variable_shapes(variables, group).items():
-            if saved.get(key) != shape:
-                there = "missing" if key not in saved else f"of shape {saved[key]}"
-                name = key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").replace(".S", "/")
-                raise NetworkMismatch(place, f"{name} is {there} there and of shape {shape} here")
-    checkpoint.read(str(place)).expect_partial()
+    checkpoint = checkpoint or tf.train.Checkpoint(**variables)
+    with open_checkpoint(folder, step) as (reader, path):
+        check_shapes(reader, variables, folder, step)
+        checkpoint.read(path).expect_partial()
 
 
 def newest_intact(folder, read, report):
@@ -301,11 +348,9 @@ def load_weights(network, folder, report):
         different = differences(metadata["shape"], network.architecture)
         if different:
             raise NetworkMismatch(f"{folder}/ckpt-{step}", different)
-        groups = {"weights": by_path(network.variables)}
-        restore(tf.train.Checkpoint(**groups), groups, folder, step)
+        restore({"weights": by_path(network.variables)}, folder, step)
         if metadata["training"].get("averaging"):
-            groups = {"optimizer": _averages(network)}
-            restore(tf.train.Checkpoint(**groups), groups, folder, step)
+            restore({"optimizer": _averages(network)}, folder, step)
         return metadata
 
     metadata, _ = newest_intact(folder, read, report)
@@ -317,56 +362,3 @@ def load_weights(network, folder, report):
 def _averages(network):
     """Return the network's variables by the paths of their averages in the optimizer."""
     return {f"adam/{v.path.replace('/', '_')}_average": v.value for v in network.variables}
-
-
-# --- Folders --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def folder_lock(folder):
-    """Keep a second training out of a folder. The system frees the lock of a process that ends.
-
-    Raises:
-        FolderInUse: another process trains there.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise FolderInUse(folder) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def claim(folder, checkpoints):
-    """Note in a folder which run writes to it.
-
-    Args:
-        folder: of events or of the best weights.
-        checkpoints: folder of the run's checkpoints.
-
-    Raises:
-        FolderTaken: another run writes to it, whose checkpoints are elsewhere.
-    """
-    note, own = folder / "run", os.path.relpath(checkpoints, folder)
-    owner = note.read_text().strip() if note.exists() else ""
-    # An empty note was left by a kill while it was written.
-    if owner not in ("", own) and (folder / owner).exists():
-        raise FolderTaken(folder, folder / owner)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(own + "\n")
-
-
-def archive_run(folders):
-    """Rename the folders that exist to the first free NAME.1, NAME.2, … and return that ending."""
-    number = 1
-    while any(folder.with_name(f"{folder.name}.{number}").exists() for folder in folders):
-        number += 1
-    # The checkpoints come first in `folders` and go last: until then a kill changes nothing.
-    for folder in reversed(folders):
-        if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    return f".{number}"

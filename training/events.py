@@ -14,19 +14,19 @@ class EventLog:
 
     Args:
         folder: of the run; None writes nothing.
-        step: the step from which training resumes, None at its start. Events after it are dropped.
+        step: the step from which training resumes, 0 at its start. Events after it are dropped.
         validation: whether there is a validation.
     """
 
-    def __init__(self, folder, step=None, validation=False):
+    def __init__(self, folder, step=0, validation=False):
         names = ("train", "validation") if validation else ("train",)
         if folder is None:
             self._writers = {name: tf.summary.create_noop_writer() for name in names}
             return
         self._writers = {}
         for name in names:
-            # Before the first checkpoint there is nothing that a new start would not repeat.
-            cut_events(folder / name, -1 if step is None else step)
+            # What is written before the first step, a start writes again.
+            cut_events(folder / name, step if step > 0 else -1)
             self._writers[name] = tf.summary.create_file_writer(str(folder / name))
 
     def __enter__(self):

@@ -37,11 +37,14 @@ class StopSignal:
         return self
 
     def __exit__(self, kind, error, traceback):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         if kind is None and self.number:
             raise Interrupted(self.number)
 
     def _handle(self, number, frame):
         self.number = number
-        signal.signal(number, self._previous[number])
+        self._restore_handlers()
+
+    def _restore_handlers(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One training step, and the loop around it.
+"""The training loop: when to log, validate, save and stop.
 
 A network that can be trained has:
     outputs(batch, spectra=..., inference=..., step=...): a NamedTuple with scores (B, J),
@@ -10,75 +10,37 @@ A network that can be trained has:
 """
 
 import contextlib
-import json
 import math
 import signal
-import time
-import zlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from errors import NetworkMismatch, NotFinite, RunMismatch, UserError
+from errors import NotFinite
 from input_pipeline import batches
-from training.checkpoints import (
-    DAMAGE,
-    Checkpoints,
-    NoCheckpoints,
-    RunState,
-    archive_run,
-    claim,
-    folder_lock,
-    saved_steps,
-)
-from training.distribution import all_equal, barrier, is_chief, sum_over_workers
+from training.checkpoints import Checkpoints, NoCheckpoints, RunState, saved_steps
+from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator
 from training.events import EventLog, write_scalars, write_settings
+from training.folders import claim, folder_lock
 from training.interrupt import Interrupted, StopSignal
+from training.progress import Progress, Speedometer
+from training.resume import check_agreement, resume
+from training.step import compile_step, learning_rate, make_optimizer
 
 AGREEMENT_STEPS = 10  # between two times that workers ask each other whether one is to stop
 
 
-class Folders(NamedTuple):
-    """Where a run writes; each folder is the run's own."""
+class Run(NamedTuple):
+    """What the steps of one call of `fit` have in common."""
 
-    checkpoint: Path
-    best: Path
-    logs: Path
-
-
-class Progress(NamedTuple):
-    """What is known after a step."""
-
-    epoch: int  # from 1
-    epochs: int
-    step: int
     last_step: int
-    images_per_second: float
-    seconds_left: float
-    losses: dict  # name of a term of the loss -> its mean in this epoch so far
-    accuracy: float  # in this epoch so far
-
-
-class AveragingAdam(keras.optimizers.Adam):
-    """Adam with running averages of the weights that soon forget the first ones.
-
-    After t steps their momentum is at most (1 + t) / (10 + t), as in
-    `tf.train.ExponentialMovingAverage`.
-    """
-
-    @property
-    def ema_momentum(self):
-        """Return the momentum at the current step."""
-        steps = tf.cast(self.iterations, tf.float32)
-        return tf.minimum(self.largest_momentum, (1 + steps) / (10 + steps))
-
-    @ema_momentum.setter
-    def ema_momentum(self, value):
-        self.largest_momentum = value
+    save_steps: int
+    log: EventLog
+    stop: StopSignal
+    on_step: Callable
 
 
 class Trainer:
@@ -90,13 +52,20 @@ class Trainer:
         config: TrainingConfig.
         folders: Folders.
         metadata: dict of what else a resumed run must share with its beginning.
-        validation: Data that the best weights are chosen by, or None.
+        validation: Data to choose the best weights by, or None.
         jit: whether XLA compiles the step.
         strategy: tf.distribute.Strategy in whose scope the network was created, or None.
         report: takes a line of text for the user.
-        draw: function of no arguments, called after each epoch; returns pictures by tag for
-            TensorBoard. The network has its averaged weights then.
+        draw: returns pictures (H, W, C) by their tags, drawn after each epoch.
         summarize: takes the Evaluation of `validation`, and writes more summaries of it.
+
+    Attributes:
+        state: RunState.
+        resumed_step: of the checkpoint that training resumed from, None at the start of a run.
+        train_step: takes a batch, see `training.step.compile_step`.
+        evaluator: Evaluator, None without `validation`.
+        checkpoints: Checkpoints of the last steps.
+        best: Checkpoints of the weights with the lowest validation loss.
     """
 
     def __init__(
@@ -126,60 +95,16 @@ class Trainer:
             "shape": network.architecture,
             "training": config._asdict() | metadata,
         }
-        schedule = keras.optimizers.schedules.ExponentialDecay(
-            config.learning_rate, config.decay_steps, config.decay_rate
-        )
         with self.strategy.scope():
-            self.optimizer = AveragingAdam(
-                schedule,
-                name="adam",
-                use_ema=config.averaging > 0,
-                ema_momentum=config.averaging,
-            )
-            self.optimizer.build(network.trainable_variables)
-        self.train_step = self._compile(jit)
+            self.optimizer = make_optimizer(config, network.trainable_variables)
+        self.train_step = compile_step(network, self.optimizer, config, self.strategy, jit)
         self.evaluator = Evaluator(network, jit, self.strategy) if validation else None
         n_sums = len(network.loss_names) + 2  # also: correct examples, examples
         self.state = RunState(step=0, sums=np.zeros(n_sums))
-        self.resumed_step = None  # of the checkpoint that training resumed from
+        self.resumed_step = None
         kind = Checkpoints if self.chief else NoCheckpoints
         self.checkpoints = kind(folders.checkpoint, network, self.optimizer, n_sums)
         self.best = kind(folders.best, network, self.optimizer, n_sums, keep=1)
-
-    def _compile(self, jit):
-        """Compile a training step: batch -> (means of the loss terms, share of correct examples).
-
-        The weights of a batch make its losses means over the whole batch, wherever its parts are.
-        """
-        network, variables = self.network, self.network.trainable_variables
-
-        def gradients(batch):
-            weight = batch[-1]
-            with tf.GradientTape() as tape:
-                step = tf.cast(self.optimizer.iterations, tf.int32)
-                outputs = network.outputs(batch, step=step)
-                terms = {
-                    name: tf.reduce_sum(weight * tf.cast(term, tf.float32))
-                    for name, term in network.loss_terms(outputs).items()
-                }
-                loss = self.config.total_loss(terms)
-            correct = tf.reduce_sum(weight * tf.cast(outputs.correct, tf.float32))
-            values = [v.value for v in variables]
-            return tape.gradient(loss, values), tf.stack([*terms.values(), correct])
-
-        def step(batch):
-            values, metrics = gradients(batch)
-            self.optimizer.apply(values, variables)  # sums them over all replicas
-            return metrics
-
-        if self.strategy is tf.distribute.get_strategy():  # one device: all in one program
-            return tf.function(step, jit_compile=jit, autograph=False)
-        gradients = tf.function(gradients, jit_compile=jit, autograph=False)
-
-        def step_of_all(batch):
-            return self.strategy.reduce("SUM", self.strategy.run(step, (batch,)), axis=None)
-
-        return tf.function(step_of_all, autograph=False)
 
     def fit(self, epochs, save_steps, restart=False, on_step=None, on_resume=None, texts=None):
         """Train until `epochs` epochs are done, resuming from the last checkpoint if there is one.
@@ -187,7 +112,7 @@ class Trainer:
         Args:
             epochs: in total, including those of earlier calls; of a fraction, the first steps.
             save_steps: steps between checkpoints; one is written after each epoch as well.
-            restart: archive an earlier run and start over.
+            restart: archive an earlier run and start over; for a Trainer that has not trained.
             on_step: called after each step with a Progress.
             on_resume: called with the step of the checkpoint that training resumes from.
             texts: dict of name to text for TensorBoard.
@@ -197,12 +122,15 @@ class Trainer:
 
         Raises:
             RunMismatch: an unfinished run of other settings is there.
+            NetworkMismatch: a checkpoint of this run lacks a variable, or its shape differs.
+            DamagedCheckpoints: there are checkpoints, and all are damaged.
             NotFinite: the loss or a weight is not finite.
             FolderInUse, FolderTaken: the folders belong to another run.
             UserError: a folder cannot be written, or workers differ in settings or data.
             Interrupted: a signal came; the state is saved.
+            ValueError: this Trainer has trained, and there is no checkpoint to resume from.
         """
-        self._check_agreement(epochs, save_steps)
+        check_agreement(self.strategy, [self.metadata, epochs, save_steps])
         last_step = math.ceil(epochs * self.steps_per_epoch)
         with contextlib.ExitStack() as stack:
             if self.chief:
@@ -215,54 +143,55 @@ class Trainer:
             if self.resumed_step and on_resume:
                 on_resume(self.resumed_step)
             log = stack.enter_context(self._open_folders(texts or {}))
+            run = Run(last_step, save_steps, log, stop, on_step or (lambda progress: None))
             while self.state.step < last_step:
-                self._train_epoch(last_step, save_steps, log, stop, on_step)
+                self._train_epoch(run)
             return True
 
-    def _train_epoch(self, last_step, save_steps, log, stop, on_step):
-        """Train to the end of the epoch, or to `last_step`."""
+    # --- Steps ------------------------------------------------------------------------------------
+
+    def _train_epoch(self, run):
+        """Train to the end of the epoch, or to the last step."""
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         plan = self.data.training_plan(self.config.seed, epoch)
-        speed, pending_steps = Speedometer(), []
-
-        def record_steps(left):
-            """Read the results of the pending steps, all but the last `left`."""
-            while len(pending_steps) > left:
-                step, metrics = pending_steps.pop(0)
-                self._record_step(step, metrics.numpy().astype(np.float64), log)
-                if on_step:
-                    on_step(self._progress(step, last_step, speed.count_step()))
-
+        speedometer, pending = Speedometer(), []
         for batch in batches(self.data, plan, self.config.batch_size, start, self.strategy):
             metrics = self.train_step(batch)
             self.state.step += 1
-            pending_steps.append((self.state.step, metrics))
+            pending.append((self.state.step, metrics))
             end_of_epoch = self.state.step % self.steps_per_epoch == 0
-            last = self.state.step == last_step
-            saving = end_of_epoch or last or self.state.step % save_steps == 0
-            record_steps(left=0 if saving else self.steps_ahead)
-            stopping = self._stopping(stop)
+            last = self.state.step == run.last_step
+            saving = end_of_epoch or last or self.state.step % run.save_steps == 0
+            self._read_results(pending, 0 if saving else self.steps_ahead, speedometer, run)
+            stopping = self._stopping(run.stop)
             if stopping:
-                record_steps(left=0)
+                self._read_results(pending, 0, speedometer, run)
             if end_of_epoch:
-                self._end_epoch(last_step, log)
+                self._end_epoch(run)
             if saving or stopping:
-                self._save(last_step, log)
+                self._save(run)
             if stopping:
-                raise Interrupted(stop.number or signal.SIGTERM)
+                raise Interrupted(run.stop.number or signal.SIGTERM)
             if last:
                 return
 
-    def _record_step(self, step, metrics, log):
-        """Check the result of a step, add it to the sums of the epoch, and log it."""
-        if not np.isfinite(metrics).all():
-            raise NotFinite("the loss is", step)
-        config, done = self.config, (step - 1) % self.steps_per_epoch * self.config.batch_size
-        examples = min(config.batch_size, len(self.data.labels) - done)
-        self.state.sums += np.append(metrics, 1) * examples
-        losses = self._by_name(metrics)
-        rate = config.learning_rate * config.decay_rate ** ((step - 1) / config.decay_steps)
-        log.write_step(step, config.total_loss(losses), losses, metrics[-1], rate)
+    def _read_results(self, pending, left, speedometer, run):
+        """Check, sum, log and report the results of pending steps, all but the last `left`."""
+        while len(pending) > left:
+            step, metrics = pending.pop(0)
+            metrics = metrics.numpy().astype(np.float64)
+            if not np.isfinite(metrics).all():
+                raise NotFinite("the loss is", step)
+            self.state.sums += np.append(metrics, 1) * self._batch_examples(step)
+            losses = self._by_name(metrics)
+            total, rate = self.config.total_loss(losses), learning_rate(self.config, step)
+            run.log.write_step(step, total, losses, metrics[-1], rate)
+            run.on_step(self._progress(step, run.last_step, speedometer.count_step()))
+
+    def _batch_examples(self, step):
+        """Return the number of examples in the batch of a step."""
+        done = (step - 1) % self.steps_per_epoch * self.config.batch_size
+        return min(self.config.batch_size, len(self.data.labels) - done)
 
     def _by_name(self, values):
         """Return the terms of the loss, which come first in `values`, by their names."""
@@ -290,12 +219,14 @@ class Trainer:
             return False
         return sum_over_workers(self.strategy, int(asked)) > 0
 
-    def _end_epoch(self, last_step, log):
-        """Draw examples, validate, and keep the best weights, before the epoch's checkpoint."""
+    # --- The end of an epoch ----------------------------------------------------------------------
+
+    def _end_epoch(self, run):
+        """Draw pictures, validate, and keep the best weights, before the epoch's checkpoint."""
         self.state.sums = np.zeros_like(self.state.sums)
         step, data = self.state.step, self.validation
         with self.averaged():
-            with log.writing("validation" if data else "train", step):
+            with run.log.writing("validation" if data else "train", step):
                 for tag, picture in self.draw().items():
                     tf.summary.image(tag, picture[None])
             if not data:
@@ -307,12 +238,12 @@ class Trainer:
             f"Validation after step {step}: loss {loss:.5f}, accuracy "
             f"{100 * evaluation.accuracy:.2f}%{', the best so far' if improved else ''}"
         )
-        self.state.best_loss = min(loss, self.state.best_loss)
-        with log.writing("validation", step):
+        with run.log.writing("validation", step):
             write_scalars(loss, evaluation.losses, evaluation.accuracy)
             self.summarize(evaluation)
         if improved:
-            self.best.save(self.state, self._metadata(last_step))
+            self.state.best_loss = loss
+            self.best.save(self.state, self._metadata_at(run.last_step))
 
     @contextlib.contextmanager
     def averaged(self):
@@ -326,69 +257,33 @@ class Trainer:
 
     # --- Saving and resuming ----------------------------------------------------------------------
 
-    def _metadata(self, last_step):
+    def _metadata_at(self, last_step):
+        """Return the metadata of a checkpoint of this step."""
         return self.metadata | {"step": self.state.step, "last_step": last_step}
 
-    def _save(self, last_step, log):
+    def _save(self, run):
         """Write a checkpoint, unless a weight is not finite."""
         if not all(np.isfinite(array).all() for array in self.network.get_weights()):
             raise NotFinite("a weight is", self.state.step)
-        log.flush()
-        self.checkpoints.save(self.state, self._metadata(last_step))
-
-    def _check_agreement(self, epochs, save_steps):
-        """Raise UserError if workers were started with different settings."""
-        own = zlib.crc32(json.dumps([self.metadata, epochs, save_steps]).encode())
-        if not all_equal(self.strategy, own):
-            raise UserError(
-                "the workers were started with different settings or different data, "
-                "expected the same everywhere; nothing was changed"
-            )
+        run.log.flush()  # first: a resumed run cuts events, but cannot restore lost ones
+        self.checkpoints.save(self.state, self._metadata_at(run.last_step))
 
     def _resume(self, restart):
-        """Restore the newest intact checkpoint of this run; the chief says which that is."""
-        if self.chief:
-            self._resume_or_archive(restart)
-        step = sum_over_workers(self.strategy, self.state.step)  # the others have 0
-        if step and not self.chief:
-            self._restore(step)
-        barrier(self.strategy)  # only then may the chief change what is in the folders
-
-    def _resume_or_archive(self, restart):
-        folder, settings = (
-            self.folders.checkpoint,
-            self.metadata["shape"] | self.metadata["training"],
+        """Restore the run that is in the folders, if there is one."""
+        folder = self.folders.checkpoint
+        if self.state.step and (restart or not saved_steps(folder)):
+            raise ValueError(
+                f"this Trainer is at step {self.state.step} and cannot start over, expected a new "
+                f"one, or a checkpoint in {folder} to resume from"
+            )
+        state = resume(
+            self.checkpoints, self.folders, self.metadata, self.strategy, restart, self.report
         )
-        if restart:
-            metadata, state = None, None
-            archiving = bool(saved_steps(folder))
-        else:
-            metadata, different, state = self.checkpoints.restore_newest(settings, self.report)
-            archiving = different != ""
-            if archiving and metadata["step"] < metadata["last_step"]:
-                raise RunMismatch(folder, metadata["step"], metadata["last_step"], different)
         if state:
             self.state, self.resumed_step = state, state.step
-        if archiving:
-            ending = archive_run(self.folders)
-            self.report(
-                f"Moved the earlier run aside: {folder}{ending}, {self.folders.logs}{ending}"
-            )
-
-    def _restore(self, step):
-        """Restore the checkpoint that the chief resumes from."""
-        try:
-            self.state = self.checkpoints.restore(step)
-        except (*DAMAGE, NetworkMismatch):
-            raise UserError(
-                f"{self.folders.checkpoint} does not hold the checkpoint of step {step}, from "
-                "which the chief resumes; all workers need the same folder, on a disk that they "
-                "share"
-            ) from None
-        self.resumed_step = step
 
     def _open_folders(self, texts):
-        """Clear what came after the step to resume from; return the EventLog."""
+        """Delete what came after the step to resume from; return the EventLog."""
         validation = self.validation is not None
         if not self.chief:
             return EventLog(None, validation=validation)
@@ -396,28 +291,19 @@ class Trainer:
         self.checkpoints.prepare(self.resumed_step)
         if validation:
             claim(self.folders.best, self.folders.checkpoint)
-            best_step = self.best.newest_intact_step(self.report)
-            if best_step is None:  # the next validation has the best weights there are
-                self.state.best_loss = math.inf
-            self.best.prepare(best_step)
-        log = EventLog(self.folders.logs, self.resumed_step, validation)
+            self._open_best()
+        log = EventLog(self.folders.logs, self.state.step, validation)
         if self.state.step == 0:
             write_settings(self.folders.logs, self.metadata["shape"] | self.metadata["training"])
             log.write_texts(texts)
         return log
 
-
-class Speedometer:
-    """Measures steps a second, without the first one, which compiles or waits for its batch."""
-
-    def __init__(self):
-        self._began, self._steps, self._first = time.perf_counter(), 0, True
-
-    def count_step(self):
-        """Count a step and return the steps a second."""
-        self._steps += 1
-        now = time.perf_counter()
-        speed = self._steps / (now - self._began)
-        if self._first:
-            self._began, self._steps, self._first = now, 0, False
-        return speed
+    def _open_best(self):
+        """Prepare the folder of the best weights; if they are lost, the next ones are the best."""
+        if self.resumed_step is None:  # weights of an earlier run stay until there are better ones
+            self.best.prepare(max(saved_steps(self.folders.best), default=None))
+            return
+        step = self.best.newest_intact_step(self.report)
+        if step is None:
+            self.state.best_loss = math.inf
+        self.best.prepare(step)

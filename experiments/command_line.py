@@ -1,0 +1,160 @@
+"""The command line of a script: flags with bounds, errors in one line, exit codes as main.py's.
+
+Importing it makes the modules of the program importable, which are one folder up.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import errors
+import runtime
+from errors import UsageError, UserError
+from training.interrupt import Interrupted
+
+MOST = 10**9  # epochs, images and the like
+_KINDS = {int: "a whole number", float: "a number"}
+
+
+class Flag(NamedTuple):
+    """A flag of a script."""
+
+    name: str
+    default: object
+    parse: Callable  # text -> value; raises ValueError with what was expected
+    help: str
+
+
+def number(kind, low, high):
+    """Return a parser of numbers of a type, int or float, from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # which is within no bounds
+        if not low <= value <= high:
+            raise ValueError(f"expected {_KINDS[kind]} from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+def one_of(names):
+    """Return a parser of one of these names."""
+
+    def parse(text):
+        if text not in names:
+            raise ValueError(f"{text!r}, expected {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def distinct(parse_word):
+    """Return a parser of a list of different values, with commas between them."""
+
+    def parse(text):
+        values = [parse_word(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ValueError("expected each of them only once")
+        return values
+
+    return parse
+
+
+def path_name(text):
+    """Parse the name of a file or folder."""
+    if not text:
+        raise ValueError("expected a name")
+    return text
+
+
+DATA_DIR = Flag("data_dir", str(runtime.ROOT / "data"), path_name, "folder of the data sets")
+
+
+class _Parser(flags.ArgumentParser):
+    """What absl calls to parse the value of a flag."""
+
+    def __init__(self, parse):
+        self.parse = parse
+
+
+def parse(argv, definitions):
+    """Return the values of the flags. Raise UsageError if the command line is wrong."""
+    values = flags.FlagValues()
+    for flag in definitions:
+        flags.DEFINE(_Parser(flag.parse), flag.name, flag.default, flag.help, flag_values=values)
+    try:
+        stray = values(argv)[1:]
+    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
+        raise UsageError(" ".join(str(error).split())) from None
+    if stray:
+        raise UsageError(f"stray word {stray[0]!r}, expected only flags: --flag=value")
+    return values
+
+
+def help_text(doc, definitions):
+    """Return the docstring of a script, then its flags with their defaults."""
+    lines = [doc.strip()]
+    for flag in definitions:
+        shown = f"--{flag.name}" if flag.default is None else f"--{flag.name}={flag.default}"
+        lines.append(f"  {shown:<24} {flag.help}")
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=True):
+    """Parse a command line, call the function that does the work, and return the exit code.
+
+    Args:
+        argv: the command line; argv[0] is the program.
+        doc: docstring of the script, for `--help`.
+        definitions: list of Flag.
+        function: takes the values of the flags; returns an exit code, None for 0.
+        advice: dict of type of error to what the user can do; more than `advise` knows.
+        starts_tensorflow: whether the function needs TensorFlow.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack some characters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    program = Path(argv[0]).name
+    if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+        print(help_text(doc, definitions))
+        return 0
+    problems = (UserError, OSError, MemoryError)
+    try:
+        values = parse(argv, definitions)
+        runtime.commit()  # now: it may be another one after an hour of training
+        if starts_tensorflow:
+            problems += (runtime.start_tensorflow().errors.OpError,)
+        return function(values) or 0
+    except UsageError as error:
+        print(f"{program}: {error}; see --help", file=sys.stderr)
+        return 2
+    except problems as error:
+        line = runtime.describe_error(error, advise(error, advice or {}))
+        print(f"{program}: {line}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print("Stopped, and saved. To resume: the same command again.", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def advise(error, advice):
+    """Return what the user can do against an error, "" if the error says so itself."""
+    if isinstance(error, errors.DataFileError):
+        if error.dataset is None:
+            return "put a good copy in its place"
+        return f"run: python download.py {error.dataset}"
+    if isinstance(error, errors.FolderInUse):
+        return "wait for it"
+    return advice.get(type(error), "")

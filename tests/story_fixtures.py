@@ -1,0 +1,48 @@
+"""Fixtures of the tests of the command line: a plugin that they name in `pytest_plugins`."""
+
+import json
+
+import pytest
+from story import ROOT, SMALL, Story, first_images, load_all
+
+import utils
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Make commands load the first 400 training and 200 test images only, and in no time."""
+    part = first_images(load_all("mnist", ROOT / "data"), 400, 200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load_dataset", lambda name, folder: part)
+        yield part
+
+
+@pytest.fixture
+def all_images(monkeypatch):
+    """Make commands load all images again."""
+    monkeypatch.setattr(utils, "load_dataset", load_all)
+
+
+@pytest.fixture(scope="module")
+def story(few, tmp_path_factory):
+    """The commands of the README, one after another; with few images and a small network."""
+    story = Story(tmp_path_factory.mktemp("story"))
+    story.type("deformed", "--train", "--data_deformation", *SMALL)
+    story.type("same again", "--train", "--data_deformation", *SMALL)
+    story.type("longer", "--train", "--data_deformation", *SMALL, "--epoch=2")
+    story.type("examined", "--test", "--tweak_test", "--reconstruction_test", *SMALL)
+    story.json = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    story.type("validated", "--train", "--validation_check=True", *SMALL)
+    story.type("best tested", "--train=False", "--validation_check=True", "--test", *SMALL)
+    return story
+
+
+@pytest.fixture(scope="module")
+def pairs(few, tmp_path_factory):
+    """The commands for overlapping digits."""
+    story = Story(tmp_path_factory.mktemp("pairs"))
+    story.type("trained", "--train", "--multi_MNIST", "--data_deformation", *SMALL)
+    story.type(
+        "examined", "--test", "--multi_MNIST", "--tweak_test", "--reconstruction_test", *SMALL
+    )
+    return story

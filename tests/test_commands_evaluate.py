@@ -1,0 +1,374 @@
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from story import (
+    DATA,
+    FAST,
+    NETWORK,
+    ROOT,
+    compose_slowly,
+    decode,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+    small_network,
+    varied_network,
+)
+
+import figures
+import main
+import runtime
+from commands.evaluate import (
+    accuracy_per_class,
+    digits_right,
+    make_result,
+    measure,
+    print_result,
+    save_misclassified,
+    save_multi_sheet,
+    training_seconds,
+)
+from commands.evaluate import (
+    test as run_test,
+)
+from input_pipeline import evaluation_plan
+from training.evaluation import Evaluation
+
+pytest_plugins = ["story_fixtures"]
+
+
+# Four pairs of the classes a, b and c; none of class d. Two pairs are right, one of them in the
+# other order. By their places only three of the eight digits would be right.
+CLASSES = ("a", "b", "c", "d")
+PAIRS = Evaluation(
+    scores=np.zeros((4, 4), np.float32),
+    predictions=np.array([[1, 0], [2, 1], [0, 2], [1, 2]]),
+    labels=np.array([[0, 1], [2, 0], [1, 0], [1, 2]]),
+    correct=np.array([True, False, False, True]),
+    losses={"margin": 0.5, "reconstruction": 3.0},
+)
+SINGLE = Evaluation(
+    scores=np.zeros((3, 4), np.float32),
+    predictions=np.array([[1], [2], [1]]),
+    labels=np.array([[1], [0], [1]]),
+    correct=np.array([True, False, True]),
+    losses={"margin": 0.25, "reconstruction": 40.0},
+)
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def test_a_digit_is_right_if_its_class_is_among_the_predicted_ones_in_any_order():
+    right = [[True, True], [True, False], [False, True], [True, True]]
+    assert digits_right(PAIRS).tolist() == right
+    assert digits_right(SINGLE).tolist() == [[True], [False], [True]]
+
+
+def test_the_accuracy_of_a_class_counts_its_digits_wherever_they_are_in_a_pair():
+    expected = {"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None}
+    assert accuracy_per_class(PAIRS, CLASSES) == pytest.approx(expected)
+    assert accuracy_per_class(SINGLE, CLASSES) == {"a": 0.0, "b": 1.0, "c": None, "d": None}
+
+
+@pytest.fixture
+def result_of(tmp_path, few, monkeypatch):
+    """A function that makes the result of an Evaluation."""
+    monkeypatch.chdir(tmp_path)
+
+    def result_of(evaluation, *words, **training):
+        session = make_session(*FAST, *words, **training)
+        session.dataset = session.dataset._replace(class_names=CLASSES)
+        return make_result(session, evaluation, 123.0)
+
+    return result_of
+
+
+def test_the_result_has_the_numbers_counted_by_hand(result_of):
+    result = result_of(PAIRS, "--test", "--multi_MNIST", seed=4, reconstruction_weight=0.25)
+    numbers = {
+        "accuracy": 0.5,
+        "error_percent": 50.0,
+        "wrong": 2,
+        "images": 4,
+        "digit_accuracy": 0.75,
+        "margin_loss": 0.5,
+        "reconstruction_loss": 3.0,
+        "total_loss": 0.5 + 0.25 * 3.0,
+        "accuracy_per_class": {"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None},
+        "images_per_second": 123.0,
+        "dataset": "multi_mnist",
+        "checkpoint_step": 15,
+        "seed": 4,
+        "training_seconds": None,
+    }
+    for name, value in numbers.items():
+        assert result[name] == pytest.approx(value), name
+    assert list(result) == [
+        *("accuracy", "error_percent", "wrong", "images", "digit_accuracy"),
+        *("margin_loss", "reconstruction_loss", "total_loss", "accuracy_per_class"),
+        *("images_per_second", "dataset", "checkpoint_step", "seed", "training"),
+        *("training_seconds", "flags", "command", "machine", "commit", "date", "versions"),
+    ]
+
+
+def test_the_total_loss_has_the_weight_of_the_training_not_of_this_command(result_of):
+    result = result_of(SINGLE, "--test", "--reconstruction_weight=9", reconstruction_weight=0.125)
+    assert result["total_loss"] == 0.25 + 0.125 * 40
+    assert (result["wrong"], result["images"], result["digit_accuracy"]) == (1, 3, 2 / 3)
+
+
+def test_the_result_says_with_what_it_was_made(result_of, monkeypatch):
+    commits = ["at the start"]
+    monkeypatch.setattr(runtime, "commit", lambda: commits[-1])
+    words = [*FAST, "--test", "--logdir=a b"]
+    session = make_session(*words)
+    commits.append("an hour later")
+    result = make_result(session, SINGLE, 1.0)
+    assert result["commit"] == "at the start"
+    assert shlex.split(result["command"]) == ["main.py", *words]
+    values = main.parse(["main.py", *words])
+    assert result["flags"] == {name: getattr(values, name) for name, *_ in main.ROWS}
+    assert result["training"] == session.metadata["training"]
+    assert result["versions"]["tensorflow"] == tf.__version__ and "numpy" in result["versions"]
+    assert result["machine"] == runtime.machine()
+    json.dumps(result)
+
+
+def test_the_result_is_printed_without_classes_that_are_not_in_the_test(result_of, capsys):
+    print_result(result_of(PAIRS, "--test", "--multi_MNIST"), PAIRS, True)
+    assert capsys.readouterr().out == (
+        "Test accuracy 50.00% (both digits right; of single digits 75.00%), error 50.00%, "
+        "2 of 4 pairs wrong\n"
+        "Margin loss 0.50000, reconstruction loss 3.000, total 0.50150; 123 images/s\n"
+        "Accuracy per class: a 66.67%, b 66.67%, c 100.00%\n"
+    )
+    print_result(result_of(SINGLE, "--test"), SINGLE, False)
+    assert capsys.readouterr().out == (
+        "Test accuracy 66.67%, error 33.33%, 1 of 3 wrong\n"
+        "Margin loss 0.25000, reconstruction loss 40.000, total 0.27000; 123 images/s\n"
+        "Accuracy per class: a 0.00%, b 100.00%\n"
+    )
+
+
+def write_events(path, *points):
+    """Write an event file of the total loss: (seconds, step), …"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for seconds, step in points:
+            event = tf.compat.v1.Event(wall_time=seconds, step=step)
+            tensor = tf.make_tensor_proto(1.0, tf.float32)
+            event.summary.value.add(tag="loss/total", tensor=tensor)
+            writer.write(event.SerializeToString())
+
+
+def test_the_seconds_of_training_are_those_of_all_its_starts_up_to_the_weights(
+    tmp_path, few, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    session = make_session(*FAST)
+    folder = Path("logs/mnist/train")
+    assert training_seconds(session) is None  # no events
+    write_events(folder / "events.out.tfevents.2.b", (5000, 10), (5020, 15), (5900, 16))
+    assert training_seconds(session) is None  # not from the first step
+    write_events(folder / "events.out.tfevents.1.a", (1000, 1), (1300, 9))
+    assert training_seconds(session) == 300 + 20
+    session.metadata["step"] = 17
+    assert training_seconds(session) is None  # not to the last step
+    session.metadata["seconds"] = 77.5  # of exported weights
+    assert training_seconds(session) == 77.5
+
+
+# ---------------------------------------------------------------- the whole command
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What the functions of figures were given, by their names."""
+    given = {}
+
+    def spy(name):
+        draw = getattr(figures, name)
+
+        def drawing(*args):
+            given[name] = args
+            return draw(*args)
+
+        monkeypatch.setattr(figures, name, drawing)
+
+    for name in ("save_misclassified", "save_multi", "save_confusion_matrix"):
+        spy(name)
+    return given
+
+
+def scalars_of(folder):
+    scalars = {}
+    for path in folder.glob("events*.evaluation"):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                if value.tensor.dtype == tf.float32.as_datatype_enum and not (
+                    value.tensor.tensor_shape.dim
+                ):
+                    scalars[value.tag] = (event.step, float(tf.make_ndarray(value.tensor)))
+    return scalars
+
+
+def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, few, spied):
+    network = varied_network()
+    save_checkpoint(tmp_path / "checkpoint/mnist", network)
+    result = run(tmp_path, "--test", *FAST)
+    assert result.code == 0 and result.err == ""
+    lengths = network(few.x_test / np.float32(255))[0].numpy()
+    predictions = lengths.argmax(axis=1)
+    wrong = np.flatnonzero(predictions != few.y_test)
+    assert 100 < len(wrong) < 190
+
+    path, images, numbers, labels, guesses, scores, names = spied["save_misclassified"]
+    assert str(path) == "samples/misclassified.png" and names == few.class_names
+    np.testing.assert_array_equal(numbers, wrong)
+    np.testing.assert_array_equal(images, few.x_test[wrong])
+    np.testing.assert_array_equal(labels, few.y_test[wrong])
+    np.testing.assert_array_equal(guesses, predictions[wrong])
+    np.testing.assert_allclose(scores, lengths[wrong], atol=1e-5)
+
+    path, matrix, _ = spied["save_confusion_matrix"]
+    expected = np.zeros((10, 10), int)
+    for label, guess in zip(few.y_test, predictions, strict=True):
+        expected[label, guess] += 1
+    assert str(path) == "samples/confusion_matrix.png"
+    np.testing.assert_array_equal(matrix, expected)
+
+    written = json.loads((tmp_path / "logs/mnist/test.json").read_text())
+    assert (written["wrong"], written["images"]) == (len(wrong), 200)
+    assert written["accuracy"] == pytest.approx(1 - len(wrong) / 200)
+    assert written["images_per_second"] > 0
+    for number, name in enumerate(few.class_names):
+        share = expected[number, number] / expected[number].sum()
+        assert written["accuracy_per_class"][name] == pytest.approx(share)
+    present = np.eye(10)[few.y_test]
+    margin = present * np.maximum(0, 0.9 - lengths) ** 2
+    margin += 0.5 * (1 - present) * np.maximum(0, lengths - 0.1) ** 2
+    assert written["margin_loss"] == pytest.approx(margin.sum(axis=1).mean(), rel=1e-4)
+    scalars = scalars_of(tmp_path / "logs/mnist/test")
+    assert scalars == {
+        "loss/total": (15, pytest.approx(written["total_loss"], rel=1e-6)),
+        "loss/margin": (15, pytest.approx(written["margin_loss"], rel=1e-6)),
+        "loss/reconstruction": (15, pytest.approx(written["reconstruction_loss"], rel=1e-6)),
+        "accuracy": (15, pytest.approx(written["accuracy"], rel=1e-6)),
+    }
+    assert (
+        "Wrote logs/mnist/test.json, samples/confusion_matrix.png, samples/misclassified.png\n"
+    ) in result.out
+
+
+def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, few, spied):
+    network = varied_network((36, 36, 1))
+    save_checkpoint(tmp_path / "multi_checkpoint/multi_mnist", network)
+    result = run(tmp_path, "--test", "--multi_MNIST", "--multi_test_pairs=3", *FAST)
+    assert result.code == 0 and "of 600 pairs wrong" in result.out
+    plan = evaluation_plan(few.y_test, 4, True, 3)
+    assert np.bincount(plan.index[:, 0]).tolist() == [3] * 200
+    canvas = compose_slowly(few.x_test, plan, 4)
+    lengths, capsules = (part.numpy() for part in network(canvas))
+    longest, labels = np.argsort(-lengths)[:, :2], few.y_test[plan.index]
+    right = (np.sort(longest) == np.sort(labels)).all(axis=1)
+    assert 6 < right.sum() < 14
+    written = json.loads((tmp_path / "logs/multi_mnist/test.json").read_text())
+    assert (written["wrong"], written["images"]) == (600 - right.sum(), 600)
+    digits = [label in row for row, pair in zip(longest, labels, strict=True) for label in pair]
+    assert written["digit_accuracy"] == pytest.approx(np.mean(digits))
+    assert written["flags"]["multi_test_pairs"] == 3
+
+    path, title, inputs, reconstructions, shown, guesses, names = spied["save_multi"]
+    chosen = np.concatenate([np.flatnonzero(right)[:14], np.flatnonzero(~right)[:6]])
+    assert str(path) == "samples/multi_MNIST.png" and names == few.class_names
+    assert title == (
+        f"Overlapping digits: {600 - right.sum()} of 600 pairs wrong; the first {right.sum()} "
+        "right ones, then the first 6 wrong ones"
+    )
+    np.testing.assert_allclose(inputs, canvas[chosen], atol=1e-6)
+    np.testing.assert_array_equal(shown, labels[chosen])
+    np.testing.assert_array_equal(guesses, longest[chosen])
+    for place in (0, 1):  # drawn from the predicted capsules, in the order of the predictions
+        expected = decode(network, capsules[chosen], longest[chosen, place])
+        np.testing.assert_allclose(reconstructions[:, place], expected, atol=1e-4)
+        other = decode(network, capsules[chosen], labels[chosen, place])
+        assert np.abs(expected - other).max() > 0.01
+    assert "save_misclassified" not in spied and "save_confusion_matrix" not in spied
+
+
+def test_the_evaluation_reports_its_progress_and_its_speed(few, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        runtime.Display, "show_count", lambda self, *args: shown.append(args), raising=True
+    )
+    session = make_session(*FAST, network=varied_network())
+    evaluation, speed = measure(session, session.test_data.evaluation_plan())
+    assert len(evaluation.correct) == 200 and speed > 0
+    assert shown == [("Testing", 128, 200), ("Testing", 200, 200)]
+
+
+def test_other_workers_than_the_chief_write_nothing(tmp_path, few, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = make_session(*FAST, network=varied_network())
+    session.chief = False
+    run_test(session)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_test_without_errors_draws_a_page_without_images(tmp_path, few, spied, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = make_session(*FAST)
+    right = SINGLE._replace(correct=np.ones(3, bool), predictions=SINGLE.labels)
+    plan = session.test_data.evaluation_plan().take(slice(3))
+    assert save_misclassified(session, plan, right) == Path("samples/misclassified.png")
+    assert len(spied["save_misclassified"][1]) == 0
+
+
+def test_the_sheet_of_pairs_has_fourteen_right_ones_and_six_wrong_ones(
+    tmp_path, few, spied, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    session = make_session(*FAST, "--multi_MNIST", network=varied_network((36, 36, 1)))
+    plan = session.test_data.evaluation_plan()
+    correct = np.arange(200) % 3 > 0
+    labels = few.y_test[plan.index]
+    evaluation = Evaluation(np.zeros((200, 10)), labels[:, ::-1], labels, correct, {})
+    save_multi_sheet(session, plan, evaluation)
+    _, title, _, _, shown, guesses, _ = spied["save_multi"]
+    chosen = [n for n in range(200) if n % 3][:14] + [0, 3, 6, 9, 12, 15]
+    np.testing.assert_array_equal(shown, labels[chosen])
+    np.testing.assert_array_equal(guesses, labels[chosen, ::-1])
+    assert title == (
+        "Overlapping digits: 67 of 200 pairs wrong; the first 14 right ones, then the first 6 "
+        "wrong ones"
+    )
+
+
+def test_all_10000_test_images_are_counted_with_the_default_convolution_and_compiler(
+    tmp_path, all_images
+):
+    save_checkpoint(tmp_path / "checkpoint/mnist", varied_network())
+    result = run(tmp_path, "--test", DATA, *NETWORK)
+    mnist = load_all("mnist", ROOT / "data")
+    network, predictions = varied_network(), []
+    for start in range(0, 10000, 1000):
+        images = mnist.x_test[start : start + 1000] / np.float32(255)
+        predictions.extend(network(images)[0].numpy().argmax(axis=1))
+    wrong = int((predictions != mnist.y_test).sum())
+    (shown,) = re.findall(r", (\d+) of 10000 wrong", result.out)
+    # Another convolution decides near-ties differently.
+    assert result.code == 0 and abs(int(shown) - wrong) <= 5 and wrong < 9900
+
+
+def test_weights_of_another_architecture_are_not_tested(tmp_path, few):
+    save_checkpoint(tmp_path / "checkpoint/mnist", small_network())
+    result = run(tmp_path, "--test", *FAST, "--digit_dim=5")
+    assert result.code == 1 and "digit_dim is 4 there and 5 here" in result.err

@@ -1,0 +1,304 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from story import (
+    FAST,
+    ROOT,
+    assert_refused,
+    decode,
+    files,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+    small_network,
+    varied_network,
+)
+
+import runtime
+from commands.export import (
+    check_new,
+    load_pretrained,
+    model_card,
+    write_network,
+)
+from errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from input_pipeline import Data
+from model import CapsNet
+from training.evaluation import Evaluator
+
+pytest_plugins = ["story_fixtures"]
+
+EXPORTED = {
+    "capsnet.keras",
+    "weights.npz",
+    "README.md",
+    "saved_model/saved_model.pb",
+    "saved_model/fingerprint.pb",
+    "saved_model/variables/variables.index",
+    "saved_model/variables/variables.data-00000-of-00001",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(few, tmp_path_factory):
+    """A working folder with a checkpoint, its test, and its export in taken/along."""
+    folder = tmp_path_factory.mktemp("export")
+    save_checkpoint(folder / "checkpoint/mnist", varied_network(), n_conv=8, train_size=0)
+    result = run(folder, "--test", "--export=taken/along", *FAST)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-2] == (
+        "Wrote taken/along/capsnet.keras, taken/along/saved_model, taken/along/weights.npz, "
+        "taken/along/README.md"
+    )
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_an_export_has_these_files_and_a_card_with_the_results_of_its_test(exported):
+    assert files(exported / "taken/along") == EXPORTED
+    assert not list(exported.glob("taken/.*"))
+    card = (exported / "taken/along/README.md").read_text()
+    result = json.loads((exported / "logs/mnist/test.json").read_text())
+    assert f"{result['error_percent']:.2f}% error ({result['wrong']} of 200 wrong)" in card
+    assert result["date"][:10] in card
+    assert "(N, 28, 28, 1)" in card and "| n_conv | 8 |" in card and "| seed | 0 |" in card
+    assert "trained for 15 steps.\n" in card  # without events nobody knows for how long
+
+
+@pytest.mark.parametrize(
+    "kind, code, folder",
+    [
+        (
+            "SavedModel",
+            """
+network = tf.saved_model.load(sys.argv[1] + "/saved_model")
+outputs = network.serve(images)
+assert not any("capsnet" in name or name in ("ops", "model") for name in sys.modules)
+lengths, capsules, shown = (outputs[k] for k in ("lengths", "capsules", "reconstructions"))
+""",
+            "/",
+        ),
+        (
+            "keras",
+            """
+import keras, ops, model
+network = keras.saving.load_model(sys.argv[1] + "/capsnet.keras")
+lengths, capsules = network.predict(images, verbose=0)
+shown = network.decoder(capsules, np.ones((len(images), 1, 10), np.float32))
+""",
+            ROOT,
+        ),
+    ],
+)
+def test_an_exported_network_computes_the_same_in_a_new_process(
+    tmp_path, few, exported, kind, code, folder
+):
+    images = few.x_test[:7] / np.float32(255)
+    np.save(tmp_path / "images.npy", images)
+    script = (
+        "import sys\nimport numpy as np\nimport tensorflow as tf\n"
+        f"images = np.load(sys.argv[2])\n{code}\n"
+        "np.savez(sys.argv[3], lengths=lengths, capsules=capsules, shown=shown)"
+    )
+    paths = (exported / "taken/along", tmp_path / "images.npy", tmp_path / "out.npz")
+    arguments = [sys.executable, "-c", script, *map(str, paths)]
+    subprocess.run(arguments, cwd=folder, check=True, capture_output=True)
+    network = varied_network()
+    lengths, capsules = (part.numpy() for part in network(images))
+    outputs = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(outputs["lengths"], lengths, atol=1e-5)
+    np.testing.assert_allclose(outputs["capsules"], capsules, atol=1e-5)
+    if kind == "SavedModel":
+        expected = decode(network, capsules, lengths.argmax(axis=1))
+        assert outputs["shown"].shape == (7, 1, 28, 28, 1)
+        np.testing.assert_allclose(outputs["shown"][:, 0], expected, atol=1e-5)
+
+
+def test_the_export_of_overlapping_digits_reconstructs_both_digits(tmp_path, few, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = varied_network((36, 36, 1))
+    save_checkpoint(tmp_path / "multi_checkpoint/multi_mnist", network)
+    assert run(tmp_path, "--export=both", "--multi_MNIST", *FAST).code == 0
+    images = np.random.default_rng(0).random((3, 36, 36, 1), np.float32)
+    loaded = tf.saved_model.load("both/saved_model")
+    outputs = loaded.serve(images)
+    lengths, capsules = (part.numpy() for part in network(images))
+    longest = np.argsort(-lengths)
+    shown = outputs["reconstructions"].numpy()
+    assert shown.shape == (3, 2, 36, 36, 1)
+    assert loaded.serve(images[:1])["reconstructions"].shape == (1, 2, 36, 36, 1)
+    for place in (0, 1):
+        expected = decode(network, capsules, longest[:, place])
+        np.testing.assert_allclose(shown[:, place], expected, atol=1e-5)
+    assert np.abs(shown[:, 0] - shown[:, 1]).max() > 0.01
+    card = Path("both/README.md").read_text()
+    assert "`reconstructions` (N, 2, 36, 36, 1)" in card and "Not measured" in card
+
+
+def test_an_exported_network_convolves_directly_whatever_the_trained_one_did(tmp_path):
+    network = small_network(conv="dft")
+    write_network(network, tmp_path / "new", {"shape": {}}, "card")
+    portable = keras.saving.load_model(tmp_path / "new/capsnet.keras")
+    assert portable.settings["conv"] == "direct"
+    for value, expected in zip(portable.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full/below").mkdir(parents=True)
+    check_new(tmp_path / "new")
+    check_new(tmp_path / "empty")
+    for name in ("file", "full"):
+        with pytest.raises(UserError, match=f"{name} exists already, expected a new or empty"):
+            check_new(tmp_path / name)
+
+
+def test_an_export_never_touches_what_exists_and_leaves_nothing_half_written(
+    exported, few, monkeypatch
+):
+    before = contents(exported)
+    refusal = run(exported, "--export=taken/along", "--train", "--restart", *FAST)
+    assert_refused(refusal, 1, "taken/along", "another name")  # before it trains
+    refusal = run(exported, "--export=taken/along/README.md", *FAST)
+    assert_refused(refusal, 1, "another name")
+
+    def fail(*arguments, **metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    assert_refused(run(exported, "--export=new", *FAST), 1, "No space left")
+    assert contents(exported) == before and not list(exported.glob(".*/"))
+
+
+# ---------------------------------------------------------------- the model card
+
+
+def card_of(session, result, **changes):
+    metadata = session.metadata | {"seconds": 90 * 60} | changes
+    return model_card(session, metadata, result)
+
+
+def test_a_card_quotes_only_a_test_of_these_weights(few):
+    session = make_session(*FAST)
+    result = {
+        "checkpoint_step": 15,
+        "training": session.metadata["training"],
+        "error_percent": 1.234,
+        "wrong": 1234,
+        "images": 100_000,
+        "date": "2026-11-24T12:00:00+00:00",
+        "versions": {"tensorflow": "2.99"},
+    }
+    quoted = "1.23% error (1,234 of 100,000 wrong), 2026-11-24, TensorFlow 2.99."
+    assert quoted in card_of(session, result)
+    others = (
+        None,
+        result | {"checkpoint_step": 14},
+        result | {"training": session.metadata["training"] | {"seed": 1}},
+    )
+    for other in others:
+        card = card_of(session, other)
+        assert "Not measured" in card and "% error" not in card
+
+
+def test_a_card_says_how_long_the_training_took_if_that_is_known(few):
+    session = make_session(*FAST)
+    assert "15 steps in 90 minutes." in card_of(session, None)
+    assert "15 steps.\n" in card_of(session, None, seconds=None)
+
+
+def test_a_card_lists_the_settings_the_parameters_and_the_classes(few):
+    session = make_session(*FAST, averaging=0.5)
+    card = card_of(session, None)
+    assert card.startswith("# CapsNet for mnist\n")
+    assert "1,383,984 parameters" in card and ": 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
+    for setting in ("| n_primary | 2 |", "| image_shape | (28, 28, 1) |", "| averaging | 0.5 |"):
+        assert setting in card
+    assert "(N, 10, 4)" in card and "`reconstructions` (N, 1, 28, 28, 1)" in card
+
+
+# ---------------------------------------------------------------- pretrained weights
+
+
+def test_pretrained_weights_are_those_that_were_exported_as_float16(exported):
+    network = small_network()
+    metadata = load_pretrained(network, exported / "taken/along")
+    assert metadata["step"] == 15 and metadata["seconds"] is None
+    for half, value in zip(network.get_weights(), varied_network().get_weights(), strict=True):
+        np.testing.assert_array_equal(half, value.astype(np.float16).astype(np.float32))
+
+
+def test_pretrained_weights_are_tested_by_the_same_commands(tmp_path, exported, few, monkeypatch):
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    (tmp_path / "pretrained").mkdir()
+    refusal = run(tmp_path, "--test", "--pretrained", *FAST)
+    assert_refused(refusal, 1, "for mnist, there are some for: none", "train first")
+    shutil.copytree(exported / "taken/along", tmp_path / "pretrained/mnist")
+    result = run(tmp_path, "--test", "--pretrained", *FAST)
+    assert result.code == 0 and result.err == "" and "pretrained/mnist" in result.out
+    measured = json.loads((tmp_path / "logs/mnist_pretrained/test.json").read_text())
+    expected = json.loads((exported / "logs/mnist/test.json").read_text())
+    assert abs(measured["wrong"] - expected["wrong"]) <= 1
+    assert measured["training"] == expected["training"]
+    refusal = run(tmp_path, "--test", "--pretrained", *FAST, "--n_conv=9")
+    assert_refused(refusal, 1, "n_conv is 8 there and 9 here", "leave these flags out")
+    refusal = run(tmp_path, "--test", "--pretrained", *FAST, "--multi_MNIST")
+    assert_refused(refusal, 1, "for multi_mnist, there are some for: mnist")
+
+
+def test_the_seconds_of_the_training_are_kept_in_an_export(tmp_path, exported):
+    network = small_network()
+    metadata = {"shape": network.architecture, "seconds": 77.5}
+    write_network(network, tmp_path / "a", metadata, "card")
+    assert load_pretrained(network, tmp_path / "a")["seconds"] == 77.5
+
+
+def test_missing_other_and_damaged_weights_are_told_apart(tmp_path, exported):
+    with pytest.raises(NoPretrainedWeights, match="for nothing, there are some for: mnist"):
+        shutil.copytree(exported / "taken/along", tmp_path / "mnist")
+        load_pretrained(small_network(), tmp_path / "nothing")
+    other = CapsNet((28, 28, 1), 10, n_conv=9, n_primary=2, digit_dim=4)
+    before = other.get_weights()
+    with pytest.raises(PretrainedMismatch, match="n_conv is 8 there and 9 here"):
+        load_pretrained(other, tmp_path / "mnist")
+    for value, expected in zip(other.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    path = tmp_path / "mnist/weights.npz"
+    content = path.read_bytes()
+    changed = content[:5000] + b"xxxx" + content[5004:]
+    for damaged in (b"", content[:1000], content[:-50], changed):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="weights.npz is damaged"):
+            load_pretrained(small_network(), tmp_path / "mnist")
+    np.savez(path, facts=json.dumps({"shape": small_network().architecture}))
+    with pytest.raises(UserError, match="weights.npz is damaged"):
+        load_pretrained(small_network(), tmp_path / "mnist")
+
+
+def test_the_weights_that_come_with_the_program_fit_the_default_network():
+    folder = ROOT / "pretrained/mnist"
+    assert (folder / "weights.npz").stat().st_size < 20e6
+    network = CapsNet((28, 28, 1), 10, conv="dft")
+    metadata = load_pretrained(network, folder)
+    assert metadata["training"]["data_deformation"] and metadata["training"]["train_size"] == 0
+    mnist = load_all("mnist", ROOT / "data")
+    unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    evaluation = Evaluator(network, True).evaluate(unseen, unseen.evaluation_plan())
+    assert evaluation.accuracy > 0.99
+    assert f"trained for {metadata['step']:,} steps" in (folder / "README.md").read_text()

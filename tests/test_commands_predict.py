@@ -1,0 +1,281 @@
+import contextlib
+import csv
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from story import FAST, assert_refused, decode, make_session, run, save_checkpoint, varied_network
+
+import figures
+import main
+from commands.predict import (
+    caption,
+    classify,
+    matching_files,
+    predict,
+    read_images,
+    training_ground,
+)
+from errors import UserError
+
+pytest_plugins = ["story_fixtures"]
+
+
+@pytest.fixture
+def trained(tmp_path, few, monkeypatch):
+    """The working folder, with a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "checkpoint/mnist", varied_network())
+    return tmp_path
+
+
+def save(path, image):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+# ---------------------------------------------------------------- which files
+
+
+def test_a_pattern_names_files_in_their_order_and_not_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/b.png", "in/a.png", "in/deep/c.png", "in/[x].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("")
+    assert matching_files("in/*") == ["in/[x].png", "in/a.png", "in/b.png"]
+    assert matching_files("in/[x].png") == ["in/[x].png"]  # a name before a pattern
+    assert matching_files("in/**/*.png") == [
+        *("in/[x].png", "in/a.png", "in/b.png", "in/deep/c.png")
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert matching_files("~/in/a*") == [f"{tmp_path}/in/a.png"]
+
+
+def test_a_pattern_without_files_is_refused_before_anything_is_trained(tmp_path, few):
+    (tmp_path / "odd").mkdir()
+    for pattern, words in {
+        "*.png": ["--predict=*.png matches no file", "quote"],
+        "odd": ["is a folder", "'odd/*'"],
+        "odd/*": ["matches no file"],
+    }.items():
+        assert_refused(run(tmp_path, "--train", f"--predict={pattern}", *FAST), 1, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text("")
+    refusal = run(tmp_path, "--predict", "a.png", "b.png", *FAST)
+    assert_refused(refusal, 2, "'b.png'", "the shell", "quoted")
+    refusal = run(tmp_path, "--predict", "a.png", "c.png", *FAST)
+    assert_refused(refusal, 2, "'c.png'", "expected only flags")
+
+
+# ---------------------------------------------------------------- how they are read
+
+
+def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
+    dark = np.zeros((100, 5, 5, 1), np.uint8)
+    dark[:, 2, 2] = 255
+    assert training_ground(dark) == "dark"
+    assert training_ground(255 - dark) == "light"
+    for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
+        mixed = np.concatenate([255 - dark[:light], dark[light:]])
+        assert training_ground(mixed) == expected, light
+    # Of 3,000 images every third one is looked at.
+    many = np.concatenate([dark] * 30)
+    many[::3] = 255
+    assert training_ground(many) == "light"
+    assert training_ground(np.roll(many, 1, axis=0)) == "dark"
+
+
+@pytest.mark.parametrize("light_training", [False, True, None])
+@pytest.mark.parametrize("light_image", [False, True])
+def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
+    tmp_path, few, light_training, light_image
+):
+    session = make_session(*FAST)
+    x_train = few.x_train.copy()
+    if light_training is None:
+        x_train[::2] = 255 - x_train[::2]
+    elif light_training:
+        x_train = 255 - x_train
+    session.train_data = session.train_data._replace(images=x_train)
+    digit = few.x_test[0, ..., 0]
+    image = 255 - digit if light_image else digit
+    save(tmp_path / "digit.png", image)
+    files, images, failed = read_images(session, [tmp_path / "digit.png"])
+    inverted = light_training is not None and light_training != light_image
+    assert files == [(tmp_path / "digit.png", "inverted" if inverted else "as it was")]
+    np.testing.assert_array_equal(images[0][..., 0], 255 - image if inverted else image)
+    assert failed == []
+
+
+def test_colour_images_are_never_inverted(tmp_path, few):
+    session = make_session(*FAST)
+    dark = np.zeros((10, 28, 28, 3), np.uint8)
+    session.train_data = session.train_data._replace(images=dark)
+    session.test_data = session.test_data._replace(images=dark)
+    save(tmp_path / "light.png", np.full((28, 28, 3), (250, 240, 230), np.uint8))
+    ((_, done),), (image,), _ = read_images(session, [tmp_path / "light.png"])
+    assert done == "as it was" and image[0, 0].tolist() == [250, 240, 230]
+
+
+def test_a_large_colour_image_says_all_that_was_done_to_it(tmp_path, few):
+    grey = 255 - np.pad(few.x_test[4, ..., 0], ((0, 0), (28, 28))).repeat(3, 0).repeat(3, 1)
+    save(tmp_path / "a.png", np.stack([grey, grey, grey // 2 + 127], -1))
+    ((_, done),), (image,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    assert done == "made grey, inverted, filled up at its edges, resized from 252×84"
+    assert image.shape == (28, 28, 1) and image.dtype == np.uint8
+    assert image[0].max() == 0 and image[14, 12:16].max() > 100  # light ink on a dark ground
+
+
+def test_the_classes_of_images_are_those_of_the_network(few):
+    network = varied_network()
+    lengths, decoded = classify(network, few.x_test[:6])
+    expected, capsules = (part.numpy() for part in network(few.x_test[:6] / np.float32(255)))
+    np.testing.assert_allclose(lengths, expected, atol=1e-6)
+    of_longest = decode(network, capsules, expected.argmax(axis=1))
+    np.testing.assert_allclose(decoded, of_longest, atol=1e-5)
+
+
+def test_a_caption_is_the_name_of_the_file_and_the_classes_with_their_lengths():
+    best = [("7", 0.912), ("1", 0.5), ("9", 0.25)]
+    assert caption("in/x.png", best, tuple("0123456789")) == ["x.png", "7: 0.91  1: 0.50  9: 0.25"]
+    best = [("Ankle boot", 0.912), ("Bag", 0.5)]
+    lines = ["x.png", "Ankle boot: 0.91", "Bag: 0.50"]
+    assert caption("in/x.png", best, ("Ankle boot", "Bag")) == lines
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained, few, monkeypatch):
+    for number in range(20):  # more than are computed at a time
+        save(trained / f"in/{number:02}.png", few.x_test[number, ..., 0])
+    save(trained / "in/20.png", 255 - few.x_test[20, ..., 0])
+    drawn = []
+    monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
+    result = run(trained, "--predict=in/*.png", *FAST, "--sample_dir=out")
+    assert result.code == 0 and result.err == ""
+    network, images = varied_network(), few.x_test[:21]
+    lengths, capsules = (part.numpy() for part in network(images / np.float32(255)))
+    head, *rows = read_csv(trained / "out/predictions.csv")
+    assert head == [
+        *("file", "done", "class_1", "length_1", "class_2", "length_2", "class_3", "length_3")
+    ]
+    assert len(rows) == 21
+    printed = [line for line in result.out.splitlines() if line.startswith(("in/", "Wrote"))]
+    for number, (row, scores) in enumerate(zip(rows, lengths, strict=True)):
+        best = np.argsort(-scores)[:3]
+        done = "inverted" if number == 20 else "as it was"
+        assert row[:2] == [f"in/{number:02}.png", done]
+        assert row[2::2] == [str(k) for k in best]
+        np.testing.assert_allclose(np.float64(row[3::2]), scores[best], atol=1e-5)
+        said = ", ".join(f"{k}: {scores[k]:.3f}" for k in best)
+        assert printed[number] == f"in/{number:02}.png ({done}): {said}"
+    path, shown, reconstructions, captions = drawn
+    assert str(path) == "out/predictions.png"
+    np.testing.assert_array_equal(shown, images)
+    of_longest = decode(network, capsules, lengths.argmax(axis=1))
+    np.testing.assert_allclose(reconstructions, of_longest, atol=1e-4)
+    first = np.argsort(-lengths[20])[0]
+    assert captions[20][0] == "20.png" and captions[20][1].startswith(
+        f"{first}: {lengths[20, first]:.2f}"
+    )
+    assert printed[-1] == "Wrote out/predictions.csv, out/predictions.png"
+
+
+def test_the_sheet_of_predictions_is_a_picture(trained, few):
+    save(trained / "a.png", few.x_test[0, ..., 0])
+    assert run(trained, "--predict=a.png", *FAST).code == 0
+    with Image.open(trained / "samples/predictions.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 100
+
+
+def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(trained, few):
+    for name in ("a.png", "c.png"):
+        save(trained / name, few.x_test[0, ..., 0])
+    (trained / "b.png").write_text("no image")
+    result = run(trained, "--predict=*.png", *FAST)
+    assert_refused(result, 1, "1 of 3 files could not be read: b.png")
+    rows = read_csv(trained / "samples/predictions.csv")
+    assert [row[0] for row in rows[1:]] == ["a.png", "c.png"]
+    assert "a.png (as it was): " in result.out and "c.png (as it was): " in result.out
+    (trained / "samples/predictions.csv").unlink()
+    for name in ("a.png", "c.png"):
+        (trained / name).unlink()
+    assert_refused(run(trained, "--predict=*.png", *FAST), 1, "1 of 1 files could not be read")
+    assert not (trained / "samples/predictions.csv").exists()
+
+
+def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a.png", few.x_test[0, ..., 0])
+    session = make_session(*FAST, "--predict=a.png")
+    session.dataset = session.dataset._replace(class_names=("cat", "dog"))
+    session.network = Stub()
+    predict(session)
+    head, row = read_csv("samples/predictions.csv")
+    assert head == ["file", "done", "class_1", "length_1", "class_2", "length_2"]
+    assert row == ["a.png", "as it was", "dog", "0.75", "cat", "0.25"]
+
+
+class Stub:
+    """A network of two classes that says the same of every image."""
+
+    def __call__(self, images):
+        lengths = np.tile(np.float32([0.25, 0.75]), (len(images), 1))
+        return FakeTensor(lengths), None
+
+    def decoder(self, capsules, mask):
+        assert mask.tolist() == [[[0, 1]]]
+        return FakeTensor(np.zeros((1, 1, 28, 28, 1), np.float32))
+
+
+class FakeTensor(np.ndarray):
+    """An array with the method of a tensor."""
+
+    def __new__(cls, values):
+        return np.asarray(values).view(cls)
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+def test_a_file_whose_name_is_no_text_is_predicted_too(trained, few):
+    name = b"in\xff.png"
+    path = os.fsdecode(os.fsencode(trained) + b"/" + name)
+    Image.fromarray(few.x_test[0, ..., 0]).save(path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as most terminals are
+    with contextlib.redirect_stdout(out):
+        assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
+    out.flush()
+    assert b"\n" + name + b" (as it was): " in out.buffer.getvalue()
+    assert name in (trained / "samples/predictions.csv").read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
+    save(trained / "\N{SNOWMAN}é.png", few.x_test[0, ..., 0])
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(out):
+        assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
+    out.flush()
+    name = "\N{SNOWMAN}é.png".encode(encoding, "backslashreplace")
+    assert b"\n" + name + b" (as it was): " in out.buffer.getvalue()
+
+
+def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
+    files, images, failed = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    assert (files, images) == ([], []) and len(failed) == 1 and "a.png" in failed[0]
+    with pytest.raises(UserError, match="matches no file"):
+        matching_files(str(tmp_path / "b.png"))

@@ -1,0 +1,673 @@
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from story import (
+    FAST,
+    NETWORK,
+    PICTURES,
+    ROOT,
+    SMALL,
+    assert_refused,
+    load_all,
+    make_session,
+    run,
+    small_network,
+    varied_network,
+)
+
+import commands.train
+import figures
+import main
+import model
+import utils
+from commands.train import (
+    describe,
+    draw_examples,
+    draw_learning_curves,
+    flag_table,
+    make_trainer,
+    run_metadata,
+    summarize,
+)
+from input_pipeline import Data, split_validation
+from runtime import Display
+from training.checkpoints import saved_steps
+from training.evaluation import Evaluation
+from training.trainer import Trainer
+
+pytest_plugins = ["story_fixtures"]
+
+
+# ---------------------------------------------------------------- the README's commands in order
+
+
+def test_training_describes_the_network_and_names_the_next_command(story):
+    _, out, err = story.results["deformed"]
+    assert err == "" and "Trained to step 15 in " in out and "checkpoint/mnist" in out
+    head = [
+        "CapsNet output 1,383,984 parameters",
+        "conv1 20 × 20 × 8 656",
+        "primary capsules 72 × 8 10,384",
+        "digit capsules 10 × 4 23,040",
+        "decoder 28 × 28 × 1 1,349,904",
+        "300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch; "
+        "training takes about 0.9 GB of memory",
+    ]
+    assert [" ".join(line.split()) for line in out.splitlines()[:6]] == head
+    assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
+    saved = {
+        f"checkpoint/mnist/{name}"
+        for name in ("checkpoint", "ckpt-15.index", "ckpt-15.data-00000-of-00001")
+    }
+    assert story.files["deformed"] - saved == {
+        "logs/mnist/train/events.out.tfevents.v2",
+        "logs/mnist/events.out.tfevents.hparams",
+        "samples/learning_curve.png",
+    }
+    (following,) = re.findall("^Next: python main.py (.*)$", out, re.MULTILINE)
+    values = main.parse(["main.py", *shlex.split(following)])
+    assert values.test and values.tweak_test and values.reconstruction_test and not values.train
+    assert values.n_conv == 8 and values.data_dir == str(ROOT / "data")
+
+
+def test_the_same_command_again_says_the_run_is_finished_and_how_to_train_longer(story):
+    _, out, err = story.results["same again"]
+    assert out.count("\n") == 7 and err == ""
+    assert "This run is finished: 1 epoch in" in out and "--epoch=11" in out and "--restart" in out
+    assert story.files["same again"] == story.files["deformed"]
+
+
+def test_more_epochs_resume_and_say_from_which_step(story):
+    _, out, _ = story.results["longer"]
+    assert "Resuming from step 15 (checkpoint/mnist)." in out and "Trained to step 30 in" in out
+    assert "Epoch 2/2 step 30/30" in out and "Epoch 1/" not in out
+
+
+def test_another_run_moves_the_finished_one_aside_and_says_where(story):
+    out = story.results["validated"].out
+    assert "Moved the earlier run aside: checkpoint/mnist.1, logs/mnist.1" in out
+    assert "Validation after step 13: loss 0." in out and "the best so far" in out
+    moved = {
+        name.replace("mnist/", "mnist.1/")
+        for name in story.files["examined"]
+        if name.startswith(("checkpoint/mnist/", "logs/"))
+    }
+    assert moved < story.files["validated"]
+    assert {"checkpoint/mnist/ckpt-13.index", "val_checkpoint/mnist/ckpt-13.index"} < (
+        story.files["validated"]
+    )
+    assert any(name.startswith("logs/mnist/validation/") for name in story.files["validated"])
+
+
+def test_the_examining_modes_write_these_files_and_no_others(story):
+    _, out, err = story.results["examined"]
+    assert err == "" and "Weights of step 30 from checkpoint/mnist, averaged over" in out
+    assert out.endswith("Next: tensorboard --logdir=logs\n")
+    new = {
+        *PICTURES,
+        "samples/confusion_matrix.png",
+        "samples/misclassified.png",
+        "logs/mnist/test.json",
+    }
+    events = {
+        f"logs/mnist/test/events.out.tfevents.{name}"
+        for name in ("evaluation", "reconstructions", "tweaks")
+    }
+    assert story.files["examined"] - story.files["longer"] == new | events
+    assert {name for name in new if name in out} >= new - {n for n in new if "tweak_result" in n}
+    assert "tweak/tweak_result_0.png to _3.png" in out
+
+
+def test_the_pictures_are_png_files_of_a_size_to_look_at(story, pairs):
+    paths = [*story.folder.rglob("*.png"), *pairs.folder.rglob("*.png")]
+    assert len(paths) == 12 + 11
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG" and 200 < min(picture.size) <= max(picture.size) < 4000
+            assert np.ptp(np.asarray(picture)) > 100
+
+
+def test_the_test_counts_the_errors_of_the_averaged_weights(story, few):
+    reader = tf.train.load_checkpoint(str(story.folder / "checkpoint/mnist.1"))
+    network = small_network()
+    for variable in network.variables:
+        name = f"adam.S{variable.path.replace('/', '_')}_average"
+        variable.assign(reader.get_tensor(f"optimizer/{name}/.ATTRIBUTES/VARIABLE_VALUE"))
+    lengths = np.concatenate([network(image[None] / np.float32(255))[0] for image in few.x_test])
+    wrong = int((lengths.argmax(axis=1) != few.y_test).sum())
+    assert 0 < wrong < 200
+    assert (story.json["wrong"], story.json["images"]) == (wrong, 200)
+    assert story.json["checkpoint_step"] == 30
+    assert story.json["training"]["data_deformation"] is True
+    assert f"error {wrong / 2:.2f}%, {wrong} of 200 wrong" in story.results["examined"].out
+    assert 0 < story.json["training_seconds"] < 300
+
+
+def test_the_weights_kept_by_validation_are_tested_with_validation_check(story):
+    out = story.results["best tested"].out
+    assert "Weights of step 13 from val_checkpoint/mnist" in out and "Test accuracy " in out
+    result = json.loads((story.folder / "logs/mnist/test.json").read_text())
+    assert result["checkpoint_step"] == 13 and result["training"]["validation_check"] is True
+
+
+def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
+    out = pairs.results["trained"].out
+    assert "--data_deformation adds nothing to --multi_MNIST" in out and "up to 4 pixels" in out
+    assert "300 training images in pairs of 36×36×1" in out
+    assert {"multi_checkpoint/multi_mnist/ckpt-15.index"} < pairs.files["trained"]
+    assert not [name for name in pairs.files["trained"] if name.startswith("checkpoint")]
+    new = {*PICTURES, "samples/multi_MNIST.png", "logs/multi_mnist/test.json"} | {
+        f"logs/multi_mnist/test/events.out.tfevents.{name}"
+        for name in ("evaluation", "reconstructions", "tweaks")
+    }
+    assert pairs.files["examined"] - pairs.files["trained"] == new
+    result = json.loads((pairs.folder / "logs/multi_mnist/test.json").read_text())
+    assert (result["images"], result["dataset"]) == (200, "multi_mnist")
+
+
+# ---------------------------------------------------------------- before the training
+
+
+def test_the_description_has_the_sizes_counted_by_hand(few):
+    words = ["--n_conv=7", "--n_primary=3", "--primary_dim=5", "--digit_dim=6"]
+    session = make_session(*FAST, *words, "--batch_size=30", "--multi_MNIST")
+    lines = [" ".join(line.split()) for line in describe(session)]
+    conv1, primary = 9 * 9 * 7 + 7, 9 * 9 * 7 * 15 + 15
+    lower = 10 * 10 * 3  # 36 -> 28 -> 10 rows and columns
+    digits = lower * 5 * 10 * 6
+    decoder = 60 * 512 + 512 + 512 * 1024 + 1024 + 1024 * 36 * 36 + 36 * 36
+    assert lines[:5] == [
+        f"CapsNet output {conv1 + primary + digits + decoder:,} parameters",
+        f"conv1 28 × 28 × 7 {conv1:,}",
+        f"primary capsules 300 × 5 {primary:,}",
+        f"digit capsules 10 × 6 {digits:,}",
+        f"decoder 36 × 36 × 1 {decoder:,}",
+    ]
+    assert lines[5].startswith(
+        "400 training images in pairs of 36×36×1, 10 classes; batches of 30, 14 steps an epoch; "
+    )
+
+
+def test_the_memory_is_that_of_a_batch_on_one_device_and_all_copies_of_the_data(few, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        model, "memory_needed", lambda sizes, *rest: asked.append(rest) or 12_340_000_000
+    )
+    for words in ["--train_size=300"], ["--train_size=300", "--validation_check"]:
+        lines = describe(make_session(*FAST, *words, "--batch_size=40"))
+        assert lines[-1].endswith("training takes about 12.3 GB of memory")
+    assert asked == [(40, 300 * 28 * 28), (40, 2 * 300 * 28 * 28)]
+    assert lines[-1].startswith("250 training images of") and "7 steps an epoch" in lines[-1]
+
+
+EXPECTED_METADATA = {
+    "dataset": "mnist",
+    "train_size": 300,
+    "validation_check": False,
+    "multi_MNIST": False,
+    "data_deformation": False,
+    "initialization": "glorot",
+    "precision": "float32",
+    "class_names": list("0123456789"),
+}
+
+
+def test_a_run_is_told_from_others_by_exactly_these_settings(few):
+    session = make_session(*SMALL)
+    expected = EXPECTED_METADATA | {"data": session.digest(300)}
+    assert run_metadata(session) == expected
+    trainer = make_trainer(session, print)
+    assert trainer.metadata["training"].keys() == {
+        *expected,
+        *("seed", "batch_size", "learning_rate", "decay_rate", "decay_steps"),
+        *("reconstruction_weight", "averaging"),
+    }
+    for flag, value in {
+        "validation_check": True,
+        "data_deformation": True,
+        "initialization": "authors",
+        "train_size": 299,
+    }.items():
+        session = make_session(*SMALL, f"--{flag}={value}")
+        changed = expected | {flag: value, "data": session.digest(session.train_size)}
+        assert run_metadata(session) == changed
+    session = make_session(*SMALL, "--multi_MNIST", "--data_deformation")
+    pairs = expected | {"multi_MNIST": True}
+    del pairs["data_deformation"]  # it adds nothing to pairs
+    assert run_metadata(session) == pairs
+
+
+def test_validation_images_are_drawn_from_the_training_images_by_the_seed(few, monkeypatch):
+    made = []
+
+    def spy(network, data, settings, folders, metadata, validation, **options):
+        made.append((data, validation))
+
+    monkeypatch.setattr(commands.train, "Trainer", spy)
+    number = {image.tobytes(): i for i, image in enumerate(few.x_train[:300])}
+    held_out = {}
+    for seed in (0, 1):
+        words = ["--validation_check", "--data_deformation", f"--seed={seed}"]
+        make_trainer(make_session(*SMALL, *words), print)
+        indices = [[number[image.tobytes()] for image in part.images] for part in made[-1]]
+        for ours, expected in zip(indices, split_validation(300, seed), strict=True):
+            assert ours == expected.tolist()
+        for part, order in zip(made[-1], indices, strict=True):
+            np.testing.assert_array_equal(part.labels, few.y_train[order])
+        held_out[seed] = indices[1]
+        data, validation = made[-1]
+        assert (len(data.labels), len(validation.labels)) == (250, 50)
+        assert np.unique(data.training_plan(0, 0).shift).tolist() == [-2, -1, 0, 1, 2]
+        assert not validation.evaluation_plan().shift.any()
+    assert held_out[0] != held_out[1]
+    make_trainer(make_session(*SMALL), print)
+    data, validation = made[-1]
+    assert validation is None and len(data.labels) == 300
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_the_examples_of_an_epoch_are_validation_images_if_there_are_some(
+    few, monkeypatch, validation
+):
+    given, drawn, summarized = [], [], []
+    monkeypatch.setattr(commands.train, "Trainer", lambda *args, **more: given.append((args, more)))
+    monkeypatch.setattr(commands.train, "draw_examples", lambda *args: drawn.append(args))
+    monkeypatch.setattr(commands.train, "summarize", lambda *args: summarized.append(args))
+    session = make_session(*SMALL, f"--validation_check={validation}")
+    make_trainer(session, "report")
+    ((network, data, *_), options) = given[0]
+    options["draw"]()
+    options["summarize"]("evaluation")
+    ((drawing, shown),) = drawn
+    assert drawing is network is session.network
+    assert shown is (options["validation"] if validation else data)
+    assert summarized == [("evaluation", data)] and options["report"] == "report"
+
+
+def test_fit_gets_the_epochs_and_steps_that_the_flags_give(tmp_path, few, monkeypatch):
+    calls = []
+
+    def spy(self, epochs, save_steps, restart, on_step, on_resume, texts):
+        calls.append((epochs, save_steps, restart))
+        assert texts["command"] == "main.py " + shlex.join(self.words)
+        flags_table = dict(re.findall(r"^\| (\S+) \| (.*) \|$", texts["flags"], re.MULTILINE))
+        assert flags_table["epoch"] == str(epochs) and flags_table["n_conv"] == "8"
+        return True
+
+    monkeypatch.setattr(Trainer, "fit", spy)
+    for words in (
+        ["--train", *SMALL, "--epoch=7", "--save_steps=33"],
+        ["--train", *SMALL, "--restart", "--logdir=a folder"],
+    ):
+        monkeypatch.setattr(Trainer, "words", words, raising=False)
+        assert run(tmp_path, *words).code == 0
+    assert calls == [(7, 33, False), (1, 500, True)]
+
+
+def test_the_table_of_flags_for_tensorboard_has_every_flag_with_its_value(few):
+    flags = main.parse(["main.py", "--train", "--epoch=3"])
+    lines = flag_table(flags).splitlines()
+    assert lines[:2] == ["| flag | value |", "| --- | --- |"]
+    assert {"| epoch | 3 |", "| train | True |", "| batch_size | 64 |"} < set(lines)
+    assert len(lines) == 2 + len(main.ROWS)
+
+
+# ---------------------------------------------------------------- after an epoch
+
+
+def test_the_examples_of_an_epoch_show_the_first_images_and_a_tweaked_capsule(few, monkeypatch):
+    drawn = {}
+    page = np.zeros((2, 2, 3), np.uint8)
+    monkeypatch.setattr(
+        figures, "save_reconstructions", lambda *args: drawn.update(rows=args) or page
+    )
+    monkeypatch.setattr(
+        figures, "save_tweak_overview", lambda *args: drawn.update(tweaks=args) or page + 1
+    )
+    network, data = varied_network(), Data(few.x_test, few.y_test)
+    pictures = draw_examples(network, data)
+    assert pictures["reconstructions"] is page and pictures["tweaks"].max() == 1
+    canvas = few.x_test[:20] / np.float32(255)
+    lengths, capsules = (part.numpy() for part in network(canvas))
+    longest = lengths.argmax(axis=1)
+    eye = np.eye(10, dtype=np.float32)
+    path, images, with_label, without_label, labels, predictions, names = drawn["rows"]
+    assert path is None and names == data.class_names
+    np.testing.assert_allclose(images, canvas, atol=1e-6)
+    np.testing.assert_array_equal(labels[:, 0], few.y_test[:20])
+    np.testing.assert_array_equal(predictions[:, 0], longest)
+    for shown, classes in (with_label, few.y_test[:20]), (without_label, longest):
+        expected = network.decoder(capsules, eye[classes][:, None])
+        np.testing.assert_allclose(shown, expected, atol=1e-5)
+    path, images, deltas, name = drawn["tweaks"]
+    assert path is None and name == data.class_names[longest[0]]
+    moved = capsules[:1].copy()
+    moved[0, longest[0], 2] += deltas[9]
+    expected = network.decoder(moved, eye[longest[:1]][:, None])[0, 0]
+    np.testing.assert_allclose(images[2, 9], expected, atol=1e-5)
+
+
+def events_of(folder):
+    (path,) = folder.glob("events*")
+    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    events = [tf.compat.v1.Event.FromString(record) for record in records]
+    return {value.tag: value.tensor for event in events for value in event.summary.value}
+
+
+def write_summary(folder, evaluation, data, path=None):
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=1):
+        summarize(evaluation, data, path)
+    writer.close()
+    return events_of(folder)
+
+
+THREE = Data(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), class_names=("a", "b", "c"))
+
+
+def test_the_confusion_matrix_has_true_classes_down_and_predicted_ones_across(
+    tmp_path, monkeypatch
+):
+    evaluation = Evaluation(
+        scores=np.zeros((6, 3), np.float32),
+        predictions=np.array([[1], [1], [1], [0], [2], [2]]),
+        labels=np.array([[0], [0], [1], [0], [1], [2]]),
+        correct=np.array([False, False, True, True, False, True]),
+        losses={},
+    )
+    drawn, save = [], figures.save_confusion_matrix
+
+    def spy(path, matrix, names):
+        drawn.append((path, matrix.tolist(), names))
+        return save(path, matrix, names)
+
+    monkeypatch.setattr(figures, "save_confusion_matrix", spy)
+    events = write_summary(tmp_path, evaluation, THREE, tmp_path / "matrix.png")
+    matrix = [[1, 2, 0], [0, 1, 1], [0, 0, 1]]
+    assert drawn == [(tmp_path / "matrix.png", matrix, ("a", "b", "c"))]
+    written = tf.io.decode_png(events["confusion matrix"].string_val[2]).numpy()
+    np.testing.assert_array_equal(written, save(None, np.array(matrix), THREE.class_names))
+    np.testing.assert_array_equal(written, np.asarray(Image.open(tmp_path / "matrix.png")))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_histograms_have_the_lengths_where_a_class_is_present_and_where_it_is_absent(
+    tmp_path, monkeypatch, overlap
+):
+    labels = np.array([[0, 1], [2, 0], [1, 2], [1, 0]])
+    labels = labels if overlap else labels[:, :1]
+    lengths = np.arange(12, dtype=np.float32).reshape(4, 3) / 16
+    written = {}
+    monkeypatch.setattr(tf.summary, "histogram", lambda tag, data: written.update({tag: data}))
+    monkeypatch.setattr(
+        tf.summary, "image", lambda tag, data: written.update({tag: data}), raising=True
+    )
+    right = np.ones(4, bool)
+    summarize(Evaluation(lengths, labels, labels, right, {}), THREE._replace(overlap=overlap))
+    assert ("confusion matrix" in written) is not overlap
+    expected = {}
+    for number, name in enumerate("abc"):
+        for key, wanted in ("present", True), ("absent", False):
+            expected[f"where {key}, length of capsule/{name}"] = [
+                float(lengths[row, number])
+                for row in range(4)
+                if (number in labels[row].tolist()) is wanted
+            ]
+    written.pop("confusion matrix", None)
+    assert {tag: values.tolist() for tag, values in written.items()} == expected
+
+
+def write_curve(folder, losses, accuracies):
+    writer = tf.summary.create_file_writer(str(folder))
+    for step, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), 1):
+        with writer.as_default(step=step):
+            tf.summary.scalar("loss/total", loss)
+            tf.summary.scalar("accuracy", accuracy)
+    writer.close()
+
+
+def test_the_learning_curves_are_those_of_the_events(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(figures, "save_learning_curves", lambda *args: drawn.append(args))
+    path = tmp_path / "curve.png"
+    draw_learning_curves(tmp_path / "logs", path, 5)
+    assert drawn == [] and capsys.readouterr().out == ""
+    write_curve(tmp_path / "logs/train", [3.0, 2.0, 1.0], [0.25, 0.5, 0.75])
+    draw_learning_curves(tmp_path / "logs", path, 5)
+    write_curve(tmp_path / "logs/validation", [2.5], [0.125])
+    draw_learning_curves(tmp_path / "logs", path, 5)
+    train = {"loss/total": ((1, 2, 3), (3, 2, 1)), "accuracy": ((1, 2, 3), (0.25, 0.5, 0.75))}
+    validation = {"loss/total": ((1,), (2.5,)), "accuracy": ((1,), (0.125,))}
+    assert drawn == [
+        (path, {"train": train}, 5),
+        (path, {"train": train, "validation": validation}, 5),
+    ]
+    assert capsys.readouterr().out == 2 * f"Wrote {path}\n"
+
+
+# ---------------------------------------------------------------- the next command
+
+
+@pytest.mark.parametrize(
+    "words, same",
+    [
+        (["--train", "--epoch", "3", "--n_conv", "9"], ["--n_conv=9"]),
+        (["--train=True", "--test=False", "--n_conv=9"], ["--n_conv=9"]),
+        (["-train", "-epoch=3", "-norestart", "--notest", "--n_conv=9"], ["--n_conv=9"]),
+        (["--train", "--strategy=one", "--n_conv=9"], ["--n_conv=9"]),
+        (
+            ["--train", "--n_conv=9", "--logdir=a b", "--seed=3"],
+            ["--n_conv=9", "--logdir=a b", "--seed=3"],
+        ),
+        (
+            ["--train", "--restart", "--n_conv=9", "--multi_MNIST", "--validation_check=True"],
+            ["--n_conv=9", "--multi_MNIST", "--validation_check"],
+        ),
+    ],
+)
+def test_the_next_command_has_the_flags_that_say_which_run(tmp_path, few, monkeypatch, words, same):
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **options: True)
+    out = run(tmp_path, *words, "--n_primary=2").out
+    (following,) = re.findall("^Next: python main.py (.*)$", out, re.MULTILINE)
+    typed = shlex.split(following)
+    assert typed[:3] == ["--test", "--reconstruction_test", "--tweak_test"]
+    assert sorted(typed[3:]) == sorted([*same, "--n_primary=2"])
+    main.parse(["main.py", *typed])
+
+
+def test_there_is_no_next_command_where_another_mode_follows_or_nothing_was_trained(
+    tmp_path, few, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **options: True)
+    assert "Next:" in run(tmp_path, "--train", *SMALL).out
+    assert "Next: python" not in run(tmp_path, "--train", "--tweak_test", *SMALL).out
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **options: False)
+    out = run(tmp_path, "--train", *SMALL).out
+    assert "This run is finished: 0 epochs" in out and "Next:" not in out
+
+
+# ---------------------------------------------------------------- signals and the terminal
+
+
+def stop_at(number, step):
+    def show_step(self, progress):
+        if progress.step == step:
+            signal.raise_signal(number)
+
+    return show_step
+
+
+def test_ctrl_c_saves_and_exits_with_130_and_the_unfinished_run_needs_the_same_flags(
+    tmp_path, few, monkeypatch
+):
+    command = ["--train", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "show_step", stop_at(signal.SIGINT, 3))
+        result = run(tmp_path, *command)
+    assert result.code == 130
+    assert result.err == "Stopped, and saved. To resume: the same command again.\n"
+    other = ["--seed=1", "--data_deformation", "--learning_rate=0.02"]
+    refusal = run(tmp_path, *command, *other)
+    assert_refused(
+        refusal,
+        1,
+        "unfinished run (step 3 of 15)",
+        "--restart",
+        "data_deformation is False there and True here",
+        "seed is 0 there and 1 here",
+        "learning_rate is 0.01 there and 0.02 here",
+    )
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "show_step", stop_at(signal.SIGINT, 2))
+        result = run(tmp_path / "copy", *command, *other, "--restart")
+    assert result.code == 130 and result.err.endswith(" same command again, without --restart.\n")
+    assert "Moved the earlier run aside: checkpoint/mnist.1" in result.out
+    result = run(tmp_path, *command)
+    assert "Resuming from step 3" in result.out and "Trained to step 15" in result.out
+
+
+def test_sigterm_saves_and_exits_with_143_and_the_same_command_resumes(tmp_path, few):
+    command = ["--train", *SMALL, "--epoch=4"]
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *command, "--deterministic"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for line in child.stdout:
+        if line.startswith("Epoch 1/4 step 1/60"):
+            break
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 143
+    assert err == "Stopped, and saved. To resume: the same command again.\n"
+    step, *_ = saved_steps(tmp_path / "checkpoint/mnist")
+    assert 1 <= step < 60
+    result = run(tmp_path, *command)
+    assert result.code == 0 and f"Resuming from step {step} (" in result.out
+    assert "Trained to step 60" in result.out
+
+
+def test_on_a_terminal_a_bar_shows_the_progress(tmp_path, few, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = run(tmp_path, "--train", *SMALL)
+    assert result.code == 0 and result.err == ""
+    shown = " ".join(re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", result.out).split())
+    assert "Epoch 1/1 step 15/15 ━" in shown and "Trained to step 15 in" in shown
+
+
+def test_colour_images_of_a_folder_are_trained_tested_and_predicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "load_dataset", load_all)
+    stream = np.random.default_rng(0)
+    labels, names = np.arange(60) % 3, ("red", "green", "blue sky")
+    images = stream.integers(0, 90, (60, 20, 24, 3), dtype=np.uint8)
+    images[np.arange(60), :, :, labels] += 160
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = tmp_path / "mine" / ("train" if number < 48 else "test") / names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    Image.fromarray(images[48].repeat(2, 0).repeat(2, 1)).save(tmp_path / "new.png")
+    result = run(
+        tmp_path,
+        *("--dataset=mine", "--train", "--data_deformation", "--test", "--predict=new.png"),
+        *("--reconstruction_test", "--tweak_test", *NETWORK, "--jit=off"),
+        *("--batch_size=8", "--epoch=8", "--learning_rate=0.01"),
+    )
+    assert result.code == 0 and result.err == ""
+    assert "48 training images of 20×24×3, 3 classes" in result.out
+    measured = json.loads((tmp_path / "logs/mine/test.json").read_text())
+    assert measured["accuracy"] > 0.9
+    assert list(measured["accuracy_per_class"]) == sorted(names)
+    assert "\nnew.png (resized from 48×40): red: " in result.out
+
+
+# ---------------------------------------------------------------- what TensorBoard shows
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def get(url, **fields):
+    """Return what an address answers, as soon as it does."""
+    body = json.dumps(fields).encode() if fields else None
+    for _ in range(240):
+        with suppress(OSError):
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.read()
+        time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+def test_tensorboard_serves_curves_pictures_histograms_and_hyper_parameters(story):
+    port = free_port()
+    words = ["--logdir=./logs", f"--port={port}", "--load_fast=false"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *words],
+        cwd=story.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        base = f"http://127.0.0.1:{port}/data"
+        for _ in range(100):  # until it has read them all
+            tags = json.loads(get(f"{base}/plugin/scalars/tags"))
+            if {"mnist/train", "mnist/validation", "mnist/test"} <= tags.keys():
+                break
+            time.sleep(0.3)
+        for name in ("train", "validation", "test"):  # one tag, so one chart
+            assert {"loss/total", "accuracy"} <= tags[f"mnist/{name}"].keys()
+        pictures = json.loads(get(f"{base}/plugin/images/tags"))
+        assert {"confusion matrix"} <= pictures["mnist/test"].keys()
+        expected = {"confusion matrix", "reconstructions", "tweaks"}
+        assert pictures["mnist/validation"].keys() == expected
+        query = "run=mnist/validation&tag=tweaks&sample=0"
+        (listed,) = json.loads(get(f"{base}/plugin/images/images?{query}"))
+        content = get(f"{base}/plugin/images/individualImage?" + listed["query"])
+        picture = Image.open(io.BytesIO(content))
+        assert picture.format == "PNG" and min(picture.size) > 300
+        histograms = json.loads(get(f"{base}/plugin/histograms/tags"))["mnist/test"]
+        assert "where present, length of capsule/7" in histograms and len(histograms) == 20
+        groups = json.loads(
+            get(
+                f"{base}/plugin/hparams/session_groups",
+                experimentName="",
+                allowedStatuses=["STATUS_UNKNOWN"],
+                colParams=[],
+                startIndex=0,
+                sliceSize=10,
+            )
+        )["sessionGroups"]
+        trial = {group["sessions"][0]["name"]: group for group in groups}["mnist"]
+        assert trial["hparams"]["n_conv"] == 8 and trial["hparams"]["learning_rate"] == 0.01
+        assert trial["hparams"]["validation_check"] is True
+        (accuracy,) = (
+            metric["value"]
+            for metric in trial["metricValues"]
+            if metric["name"] == {"group": "test", "tag": "accuracy"}
+        )
+        written = json.loads((story.folder / "logs/mnist/test.json").read_text())
+        assert accuracy == pytest.approx(written["accuracy"], abs=1e-6)
+    finally:
+        server.kill()
+        server.wait()

@@ -1,0 +1,91 @@
+import inspect
+
+import pytest
+
+import errors
+
+# One error of each class, its message, and the attributes that the program adds its advice from.
+EXAMPLES = [
+    (errors.UsageError("no"), "no", {}),
+    (errors.UserError("no"), "no", {}),
+    (
+        errors.DataFileError("a.gz", "is damaged", "mnist"),
+        "a.gz: is damaged",
+        {"place": "a.gz", "problem": "is damaged", "dataset": "mnist"},
+    ),
+    (
+        errors.DataFileError("a.gz", OSError("is damaged")),
+        "a.gz: is damaged",
+        {"place": "a.gz", "dataset": None},
+    ),
+    (
+        errors.ImageTooSmall(9, [16, 28, 1]),
+        "two 9×9 convolutions need images of at least 17×17 pixels. "
+        "Received: image_shape=(16, 28, 1)",
+        {"smallest": 17, "image_shape": (16, 28, 1)},
+    ),
+    (errors.NoCheckpoint("a"), "no checkpoint in a", {"folder": "a"}),
+    (
+        errors.DamagedCheckpoints("a"),
+        "a: every checkpoint is damaged, expected an intact one",
+        {"folder": "a"},
+    ),
+    (
+        errors.NetworkMismatch("a", "n_conv 1 and 2"),
+        "a holds another network: n_conv 1 and 2",
+        {"place": "a", "differences": "n_conv 1 and 2"},
+    ),
+    (
+        errors.PretrainedMismatch("a", "n_conv 1 and 2"),
+        "a holds another network: n_conv 1 and 2",
+        {"place": "a", "differences": "n_conv 1 and 2"},
+    ),
+    (
+        errors.NoPretrainedWeights("kmnist", "mnist"),
+        "no pretrained weights for kmnist, there are some for: mnist",
+        {"name": "kmnist", "available": "mnist"},
+    ),
+    (
+        errors.NoPretrainedWeights("kmnist", ""),
+        "no pretrained weights for kmnist, there are some for: none",
+        {"name": "kmnist", "available": ""},
+    ),
+    (
+        errors.RunMismatch("a", 3, 60, "seed 0 and 1"),
+        "a holds an unfinished run (step 3 of 60) of other settings: seed 0 and 1",
+        {"folder": "a", "step": 3, "last_step": 60, "differences": "seed 0 and 1"},
+    ),
+    (errors.FolderInUse("a"), "another training runs in a", {"folder": "a"}),
+    (
+        errors.FolderTaken("a", "b"),
+        "a belongs to the run in b",
+        {"folder": "a", "owner": "b"},
+    ),
+    (
+        errors.NotFinite("the loss is", 7),
+        "the loss is not finite at step 7; the checkpoints before it are kept",
+        {"what": "the loss is", "step": 7},
+    ),
+]
+
+
+@pytest.mark.parametrize("error, message, attributes", EXAMPLES)
+def test_an_error_has_a_message_and_carries_its_details(error, message, attributes):
+    assert str(error) == message
+    for name, value in attributes.items():
+        assert getattr(error, name) == value, name
+
+
+def test_every_error_has_an_example():
+    classes = {c for _, c in inspect.getmembers(errors, inspect.isclass)}
+    assert classes == {type(error) for error, *_ in EXAMPLES}
+
+
+def test_all_errors_but_those_of_the_command_line_are_caught_as_user_errors():
+    # UsageError has an exit code of its own.
+    for error, *_ in EXAMPLES:
+        assert isinstance(error, errors.UserError) != isinstance(error, errors.UsageError)
+
+
+def test_pretrained_weights_that_do_not_fit_are_a_network_mismatch():
+    assert isinstance(errors.PretrainedMismatch("a", "b"), errors.NetworkMismatch)

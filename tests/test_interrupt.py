@@ -1,0 +1,75 @@
+"""Signals that stop a training."""
+
+import signal
+import threading
+
+import pytest
+
+from training.interrupt import Interrupted, StopSignal
+
+
+class Handled(Exception):
+    """Raised by the handlers of these tests."""
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Handlers of this file, so no signal ends the process that runs the tests."""
+
+    def handle(number, frame):
+        raise Handled(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handle) for number in numbers]
+    yield handle
+    assert [signal.getsignal(number) for number in numbers] == [handle, handle]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_reported_on_leaving(number):
+    with pytest.raises(Interrupted, match=f"signal {int(number)}") as caught, StopSignal() as stop:
+        assert stop.number is None
+        signal.raise_signal(number)
+        assert stop.number == number
+    assert caught.value.number == number
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_either_kind_acts_at_once(first, second):
+    with pytest.raises(Handled) as caught, StopSignal():
+        signal.raise_signal(first)
+        signal.raise_signal(second)
+        raise AssertionError("the second signal was only noted")
+    assert caught.value.args == (second,)
+
+
+def test_an_error_inside_is_not_hidden_by_a_signal():
+    with pytest.raises(KeyError), StopSignal():
+        signal.raise_signal(signal.SIGTERM)
+        raise KeyError
+
+
+def test_without_a_signal_leaving_raises_nothing():
+    with StopSignal() as stop:
+        pass
+    assert stop.number is None
+
+
+def test_in_another_thread_no_handler_is_set_and_nothing_is_raised(handlers):
+    seen = []
+
+    def run():
+        try:
+            with StopSignal() as stop:
+                seen.append(signal.getsignal(signal.SIGTERM))
+            seen.append(stop.number)
+        except BaseException as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [handlers, None]

@@ -1,0 +1,375 @@
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from story import FAST, ROOT, assert_refused, load_all, make_session, run, save_checkpoint
+
+import commands.session
+import commands.train
+import main
+import runtime
+import utils
+from commands.session import Session
+from commands.train import make_trainer
+from errors import UsageError
+
+pytest_plugins = ["story_fixtures"]
+
+
+def session_of(*words):
+    argv = ["main.py", *words]
+    return Session(main.parse(argv), argv)
+
+
+# ---------------------------------------------------------------- each flag makes its difference
+
+
+@pytest.mark.parametrize(
+    "flag, read",
+    [
+        ("n_conv=7", lambda net: net.conv1.kernel.shape[-1]),
+        ("n_primary=3", lambda net: net.digits.W.shape[1] / 36),  # 6×6 positions
+        ("primary_dim=5", lambda net: net.digits.W.shape[2]),
+        ("digit_dim=6", lambda net: net.digits.W.shape[3]),
+        ("routing_iterations=2", lambda net: net.digits.iterations),
+    ],
+)
+def test_the_network_has_the_sizes_that_the_flags_give(few, flag, read):
+    name, value = flag.split("=")
+    assert read(session_of(*FAST).network) != int(value)
+    network = session_of(*FAST, f"--{flag}").network
+    assert read(network) == network.architecture[name] == int(value)
+
+
+def test_the_default_network_is_that_of_the_paper(few):
+    assert session_of().network.count_params() == 8_215_568
+    assert session_of("--multi_MNIST").network.count_params() == 11_361_808
+
+
+def rate_after_500_steps(trainer):
+    trainer.optimizer.iterations.assign(500)
+    return float(trainer.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "flag, default, changed, read",
+    [
+        ("learning_rate=0.01", 0.001 * 0.7**0.5, 0.01 * 0.7**0.5, rate_after_500_steps),
+        ("decay_rate=0.1", 0.001 * 0.7**0.5, 0.001 * 0.1**0.5, rate_after_500_steps),
+        ("decay_steps=250", 0.001 * 0.7**0.5, 0.001 * 0.7**2, rate_after_500_steps),
+        (
+            "reconstruction_weight=0.25",
+            3.001,
+            3.5,
+            lambda t: t.config.total_loss({"margin": 3, "reconstruction": 2}),
+        ),
+        ("averaging=0.5", 0.99, 0.5, lambda t: t.optimizer.largest_momentum),
+        ("averaging=0", True, False, lambda t: t.optimizer.use_ema),
+        ("batch_size=100", 7, 4, lambda t: t.steps_per_epoch),  # of 400 images
+        ("train_size=64", 7, 1, lambda t: t.steps_per_epoch),
+        ("seed=5", 0, 5, lambda t: t.config.seed),
+    ],
+)
+def test_the_trainer_has_the_settings_that_the_flags_give(few, flag, default, changed, read):
+    assert read(make_trainer(session_of(*FAST), print)) == pytest.approx(default)
+    trainer = make_trainer(session_of(*FAST, f"--{flag}"), print)
+    assert read(trainer) == pytest.approx(changed)
+    name, value = flag.split("=")
+    assert trainer.metadata["training"][name] == float(value)
+
+
+def test_the_recipe_of_the_authors_reaches_trainer_and_network(few):
+    session = session_of(*FAST, "--recipe=authors")
+    trainer = make_trainer(session, print)
+    assert trainer.steps_per_epoch == 4  # of 128 images
+    assert rate_after_500_steps(trainer) == pytest.approx(0.001 * 0.96**0.25)
+    assert trainer.config.total_loss({"margin": 1, "reconstruction": 1}) == pytest.approx(1.01)
+    assert not trainer.optimizer.use_ema
+    assert session.network.conv1.bias.numpy().tolist() == pytest.approx([0.1] * 8)
+
+
+def test_initialization_says_how_the_first_weights_are_drawn(few):
+    glorot, authors = (
+        session_of("--n_conv=64", f"--initialization={name}").network
+        for name in ("glorot", "authors")
+    )
+    assert not glorot.conv1.bias.numpy().any() and not glorot.primary.bias.numpy().any()
+    limit = np.sqrt(6 / (9 * 9 * 64 + 9 * 9 * 256))  # of Glorot's uniform distribution
+    assert 0.99 * limit < np.abs(glorot.primary.kernel.numpy()).max() <= limit
+    for layer, stddev in (authors.conv1, 0.05), (authors.primary, 0.1):
+        np.testing.assert_allclose(layer.bias.numpy(), 0.1)
+        kernel = layer.kernel.numpy()
+        assert kernel.std() == pytest.approx(0.88 * stddev, rel=0.05)  # cut at two deviations
+        assert np.abs(kernel).max() <= 2 * stddev
+
+
+def test_the_seed_decides_the_first_weights(few):
+    first, same, other = (
+        session_of(*FAST, f"--seed={seed}").network.get_weights() for seed in (3, 3, 4)
+    )
+    assert len(first) == len(other) > 5
+    for one, again, different in zip(first, same, other, strict=True):
+        np.testing.assert_array_equal(one, again)
+        assert not one.any() or (one != different).mean() > 0.9  # the biases are 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    "words, on_cpu, on_gpu",
+    [
+        ([], ("dft", True), ("direct", True)),
+        (["--conv=direct"], ("direct", False), ("direct", True)),
+        (["--conv=dft"], ("dft", True), ("dft", True)),
+        (["--jit=off"], ("dft", False), ("direct", False)),
+        (["--conv=direct", "--jit=on"], ("direct", True), ("direct", True)),
+    ],
+)
+def test_convolution_and_compiler_suit_the_device_unless_flags_choose_them(
+    few, monkeypatch, gpu, words, on_cpu, on_gpu
+):
+    monkeypatch.setattr(runtime, "has_gpu", lambda: gpu)
+    conv, jit = on_gpu if gpu else on_cpu
+    session = session_of("--n_conv=5", "--n_primary=1", *words)
+    assert (session.network.settings["conv"], session.jit) == (conv, jit)
+    assert session.network.primary.algorithm == conv
+    given = {}
+    monkeypatch.setattr(commands.train, "Trainer", lambda *_, **options: given.update(options))
+    make_trainer(session, print)
+    assert given["jit"] is jit
+
+
+def test_half_precision_is_for_accelerators_only(few, monkeypatch):
+    word = "--precision=mixed_bfloat16"
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    with pytest.raises(UsageError, match="expected --precision=float32"):
+        session_of(*FAST, word)
+    assert session_of(*FAST).network.dtype_policy.name == "float32"
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
+    assert session_of(*FAST, word).network.dtype_policy.name == "mixed_bfloat16"
+
+
+def test_deterministic_operations_are_switched_on_only_by_their_flag(few, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: calls.append("on"))
+    session_of(*FAST)
+    assert calls == []
+    session_of(*FAST, "--deterministic")
+    assert calls == ["on"]
+
+
+@pytest.mark.parametrize("name", ["auto", "one", "mirrored"])
+def test_the_network_is_created_under_the_strategy_that_the_flag_names(few, monkeypatch, name):
+    asked, strategy = [], tf.distribute.OneDeviceStrategy("/cpu:0")
+    monkeypatch.setattr(
+        commands.session,
+        "choose_strategy",
+        lambda name, waiting: asked.append((name, hasattr(waiting, "__enter__"))) or strategy,
+    )
+    session = session_of(*FAST, f"--strategy={name}")
+    assert asked == [(name, True)]
+    with strategy.scope():
+        assert session.network is session.network
+    given = {}
+    monkeypatch.setattr(commands.train, "Trainer", lambda *_, **options: given.update(options))
+    make_trainer(session, print)
+    assert given["strategy"] is strategy and session.chief
+
+
+def test_each_folder_is_that_of_its_flag(few):
+    words = ["--checkpoint_dir=a", "--val_checkpoint_dir=b", "--multi_checkpoint_dir=c"]
+    assert session_of(*FAST, *words, "--logdir=d").folders == (
+        Path("a/mnist"),
+        Path("b/mnist"),
+        Path("d/mnist"),
+    )
+    assert session_of(*FAST, *words, "--multi_MNIST", "--logdir=d").folders == (
+        Path("c/multi_mnist"),
+        Path("b/multi_mnist"),
+        Path("d/multi_mnist"),
+    )
+    assert session_of(*FAST, "--pretrained").folders.logs == Path("logs/mnist_pretrained")
+
+
+# ---------------------------------------------------------------- the data
+
+
+def shifts(plan):
+    return [np.unique(plan.shift[..., axis]).tolist() for axis in (0, 1)]
+
+
+def test_training_digits_are_shifted_by_two_pixels_if_asked_for_and_test_digits_never(few):
+    plain, deformed = session_of(*FAST), session_of(*FAST, "--data_deformation")
+    assert shifts(plain.train_data.training_plan(0, 0)) == [[0], [0]]
+    assert shifts(deformed.train_data.training_plan(0, 0)) == [[-2, -1, 0, 1, 2]] * 2
+    for session in (plain, deformed):
+        assert shifts(session.test_data.evaluation_plan()) == [[0], [0]]
+        for data in (session.train_data, session.test_data):
+            assert data.canvas_shape() == (28, 28, 1) and data.digits_per_example == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--data_deformation"]])
+def test_overlapping_digits_are_shifted_by_four_pixels_on_a_canvas_of_36(few, words):
+    session = session_of(*FAST, "--multi_MNIST", *words)
+    plans = session.train_data.training_plan(0, 0), session.test_data.evaluation_plan()
+    for data, plan in zip((session.train_data, session.test_data), plans, strict=True):
+        assert shifts(plan) == [list(range(-4, 5))] * 2
+        assert data.canvas_shape() == (36, 36, 1) and data.digits_per_example == 2
+        assert data.padding == 4
+        labels = data.labels[plan.index]
+        assert (labels[:, 0] != labels[:, 1]).all()
+
+
+def test_training_and_test_images_are_those_of_the_data_set(few):
+    session = session_of(*FAST, "--train_size=300")
+    np.testing.assert_array_equal(session.train_data.images, few.x_train[:300])
+    np.testing.assert_array_equal(session.train_data.labels, few.y_train[:300])
+    np.testing.assert_array_equal(session.test_data.images, few.x_test)
+    np.testing.assert_array_equal(session.test_data.labels, few.y_test)
+
+
+def test_more_training_images_than_there_are_is_the_same_run_as_all_of_them(few):
+    for words in [], ["--train_size=400"], ["--train_size=500"]:
+        session = session_of(*FAST, *words)
+        assert session.train_size == 0 and len(session.train_data.labels) == 400
+    session = session_of(*FAST, "--train_size=399")
+    assert session.train_size == 399 and len(session.train_data.labels) == 399
+
+
+def test_the_fingerprint_of_the_data_is_that_of_images_and_labels(few):
+    session = session_of(*FAST)
+    for size in (0, 300):
+        kept = slice(size or None)
+        content = few.x_train[kept].tobytes() + few.y_train[kept].astype(np.int32).tobytes()
+        assert session.digest(size) == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is_named(
+    tmp_path, few, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        utils, "load_dataset", lambda name, folder: asked.append((name, str(folder))) or few
+    )
+    monkeypatch.chdir(tmp_path)
+    session_of()
+    session_of("--data_dir=mine", "--dataset=kmnist")
+    (tmp_path / "data").mkdir()
+    session_of()
+    assert asked == [("mnist", str(ROOT / "data")), ("kmnist", "mine"), ("mnist", "data")]
+
+
+# ---------------------------------------------------------------- loading weights
+
+
+@pytest.fixture
+def saved(tmp_path, few, monkeypatch):
+    """A folder with a checkpoint of the default run, never trained."""
+    monkeypatch.chdir(tmp_path)
+    session = session_of(*FAST)
+    save_checkpoint(Path("checkpoint/mnist"), session.network, data=session.digest(0))
+    return session.network
+
+
+def test_loading_restores_the_weights_and_says_where_they_come_from(saved, capsys):
+    session = session_of(*FAST, "--test", "--seed=9")
+    session.load()
+    for value, expected in zip(session.network.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert session.metadata["step"] == 15
+    assert capsys.readouterr().out == "Weights of step 15 from checkpoint/mnist\n"
+
+
+def test_weights_of_other_images_are_announced(saved, few, capsys):
+    save_checkpoint(Path("checkpoint/mnist"), saved, data=session_of(*FAST).digest(7))
+    session_of(*FAST, "--test").load()
+    assert "trained on other images" in capsys.readouterr().out
+    size = {"train_size": 7, "data": session_of(*FAST).digest(7)}
+    save_checkpoint(Path("checkpoint/mnist"), saved, **size)
+    session_of(*FAST, "--test").load()  # of the first seven, and these are there
+    assert "other images" not in capsys.readouterr().out
+
+
+def test_weights_for_other_classes_are_refused(tmp_path, saved):
+    names = list("abcdefghij")
+    save_checkpoint(Path("checkpoint/mnist"), saved, class_names=names)
+    result = run(tmp_path, "--test", *FAST)
+    assert_refused(result, 1, "trained on other classes: ['a', 'b'", "'0', '1'", "--dataset")
+    save_checkpoint(Path("checkpoint/mnist"), saved, class_names=list("0123456789"))
+    session_of(*FAST, "--test").load()
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "val_checkpoint"])
+def test_the_best_weights_are_loaded_only_with_validation_check(saved, folder, capsys):
+    words = ["--validation_check"] if folder == "val_checkpoint" else []
+    other = session_of(*FAST, "--seed=1").network
+    save_checkpoint(Path("val_checkpoint/mnist"), other, step=13)
+    session = session_of(*FAST, "--predict=x", *words)
+    session.load()
+    expected = other if words else saved
+    np.testing.assert_array_equal(session.network.conv1.kernel, expected.conv1.kernel)
+    assert f"from {folder}/mnist" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", main.MODES[1:])
+def test_a_folder_of_events_is_claimed_by_the_modes_that_use_it(saved, mode):
+    value = {"export": "=new", "predict": "=x"}.get(mode, "")
+    session_of(*FAST, f"--{mode}{value}").load()
+    claim = Path("logs/mnist/run")
+    assert claim.exists() is (mode != "predict")
+    if claim.exists():
+        assert (claim.parent / claim.read_text().strip()).resolve() == Path(
+            "checkpoint/mnist"
+        ).resolve()
+
+
+def test_events_of_another_run_are_not_mixed_with_those_of_these_weights(tmp_path, saved):
+    assert run(tmp_path, "--tweak_test", "--tweak_num=1", *FAST).code == 0
+    shutil.copytree("checkpoint", "elsewhere")
+    result = run(tmp_path, "--tweak_test", *FAST, "--checkpoint_dir=elsewhere")
+    assert_refused(result, 1, "logs/mnist belongs to the run in", "--logdir")
+
+
+def test_a_picture_for_tensorboard_replaces_that_of_the_command_before(tmp_path, few, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = make_session(*FAST)
+    for grey in (50, 200):
+        session.show_picture("reconstructions", np.full((5, 7, 3), grey, np.uint8))
+    session.show_picture("tweaks", np.zeros((2, 2, 3), np.uint8))
+    paths = sorted(Path("logs/mnist/test").iterdir(), key=lambda path: path.suffix)
+    assert [path.suffix for path in paths] == [".reconstructions", ".tweaks"]
+    records = tf.data.TFRecordDataset(str(paths[0])).as_numpy_iterator()
+    events = [tf.compat.v1.Event.FromString(record) for record in records]
+    (event,) = (event for event in events if event.summary.value)
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (15, "reconstructions")
+    picture = tf.io.decode_png(value.tensor.string_val[2]).numpy()
+    np.testing.assert_array_equal(picture, np.full((5, 7, 3), 200))
+
+
+def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few, monkeypatch):
+    sought = []
+    monkeypatch.setattr(
+        commands.session,
+        "load_pretrained",
+        lambda network, folder: sought.append(folder) or {"training": {"data": ""}},
+    )
+    monkeypatch.chdir(tmp_path)
+    np.savez("own.npz", 0)
+    for words in [], ["--multi_MNIST"], ["--dataset=./own.npz"]:
+        with pytest.raises(KeyError):  # these are no metadata
+            session_of(*FAST, "--pretrained", *words).load()
+    names = [str(path.relative_to(ROOT / "pretrained")) for path in sought]
+    assert names == ["mnist", "multi_mnist", "._own.npz"]
+
+
+def test_images_too_small_for_the_network_are_refused_with_the_smallest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "load_dataset", load_all)
+    images = np.zeros((4, 16, 30), np.uint8)
+    labels = np.arange(4)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    result = run(tmp_path, "--dataset=a.npz", "--train")
+    assert_refused(result, 1, "at least 17×17 pixels", "16, 30", "give a --dataset of larger")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -1,0 +1,85 @@
+"""One training step: the loss, its gradients, and Adam with running averages of the weights."""
+
+import keras
+import tensorflow as tf
+
+
+class AveragingAdam(keras.optimizers.Adam):
+    """Adam with running averages of the weights that soon forget the first ones.
+
+    After t steps their momentum is at most (1 + t) / (10 + t), as in
+    `tf.train.ExponentialMovingAverage`.
+    """
+
+    @property
+    def ema_momentum(self):
+        """Return the momentum at the current step."""
+        steps = tf.cast(self.iterations, tf.float32)
+        return tf.minimum(self.largest_momentum, (1 + steps) / (10 + steps))
+
+    @ema_momentum.setter
+    def ema_momentum(self, value):
+        self.largest_momentum = value
+
+
+def make_optimizer(config, variables):
+    """Create the optimizer of a TrainingConfig for some variables."""
+    schedule = keras.optimizers.schedules.ExponentialDecay(
+        config.learning_rate, config.decay_steps, config.decay_rate
+    )
+    optimizer = AveragingAdam(
+        schedule, name="adam", use_ema=config.averaging > 0, ema_momentum=config.averaging
+    )
+    optimizer.build(variables)
+    return optimizer
+
+
+def learning_rate(config, step):
+    """Return the learning rate of a step, counted from 1."""
+    return config.learning_rate * config.decay_rate ** ((step - 1) / config.decay_steps)
+
+
+def compile_step(network, optimizer, config, strategy, jit):
+    """Compile a training step.
+
+    The weights of a batch make its losses means over the whole batch, wherever its parts are.
+
+    Args:
+        network: see `training.trainer`.
+        optimizer: of `make_optimizer`.
+        config: TrainingConfig.
+        strategy: tf.distribute.Strategy in whose scope both were created.
+        jit: whether XLA compiles the step.
+
+    Returns:
+        A function of a batch -> the means of the loss terms, and the share of correct examples.
+    """
+    variables = network.trainable_variables
+
+    def gradients(batch):
+        weight = batch[-1]
+        with tf.GradientTape() as tape:
+            step = tf.cast(optimizer.iterations, tf.int32)
+            outputs = network.outputs(batch, step=step)
+            terms = {
+                name: tf.reduce_sum(weight * tf.cast(term, tf.float32))
+                for name, term in network.loss_terms(outputs).items()
+            }
+            loss = config.total_loss(terms)
+        correct = tf.reduce_sum(weight * tf.cast(outputs.correct, tf.float32))
+        values = [v.value for v in variables]
+        return tape.gradient(loss, values), tf.stack([*terms.values(), correct])
+
+    def step(batch):
+        values, metrics = gradients(batch)
+        optimizer.apply(values, variables)  # sums them over all replicas
+        return metrics
+
+    if strategy is tf.distribute.get_strategy():  # one device: all in one program
+        return tf.function(step, jit_compile=jit, autograph=False)
+    gradients = tf.function(gradients, jit_compile=jit, autograph=False)
+
+    def step_of_all(batch):
+        return strategy.reduce("SUM", strategy.run(step, (batch,)), axis=None)
+
+    return tf.function(step_of_all, autograph=False)
