@@ -8,6 +8,9 @@ MULTI_PADDING = 4  # pixels around a digit of MultiMNIST: 28×28 becomes 36×36 
 DIGITS = tuple("0123456789")
 
 
+VARIANTS = ("paper", "authors")  # of the network: as in the paper, or in the authors' public code
+
+
 class NetworkConfig(NamedTuple):
     """Sizes of a CapsNet (section 4)."""
 
@@ -18,6 +21,7 @@ class NetworkConfig(NamedTuple):
     routing_iterations: int = 3  # of procedure 1
     kernel_size: int = 9  # pixels, of both convolutions
     decoder_units: tuple = (512, 1024)  # widths of the hidden layers
+    variant: str = "paper"  # one of VARIANTS
 
 
 class TrainingConfig(NamedTuple):
@@ -69,8 +73,22 @@ RECIPES = {
         "reconstruction_weight": 0.01,
         "averaging": 0.0,
         "initialization": "authors",
+        "variant": "authors",
+        "data_deformation": True,
+    },
+    # 50 epochs of MNIST: small batches, a slow decay, averages over half an epoch.
+    "long": {
+        "epoch": 50,
+        "batch_size": 32,
+        "decay_rate": 0.9,
+        "decay_steps": 1875,
+        "averaging": 0.999,
+        "data_deformation": True,
     },
 }
+# What the authors' public code does otherwise with overlapping digits. It shifts them by up to 6
+# pixels on 36×36, where parts of them are cut off. The paper says 4.
+AUTHORS_MULTI_MNIST = {"decay_steps": 20000, "multi_shift": 6}
 # The schedule of MultiMNIST, for an hour on two cores. Of the values tried in shorter trainings,
 # these gave the lowest error on pairs of held-out training digits.
 MULTI_MNIST = {

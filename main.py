@@ -50,6 +50,8 @@ FLAGS = {
          f"two overlapping digits in each image (paper, section 6); default then {_MULTI}"),
         ("multi_test_pairs", 1, (1, 1000),
          "pairs to test in which each test digit is the first; the paper takes 1000"),
+        ("multi_shift", config.MULTI_SHIFT, (0, 8),
+         "pixels that each overlapping digit is shifted by at most; the authors' public code: 6"),
         ("data_deformation", False, None,
          f"shift training images by up to {config.MAX_SHIFT} pixels (section 5)"),
         ("validation_check", False, None,
@@ -71,7 +73,7 @@ FLAGS = {
          "momentum of running averages of the weights, which are what is tested; 0: none"),
         ("initialization", config.INITIALIZATION, tuple(config.INITIALIZATIONS), "of the weights"),
         ("recipe", "default", tuple(config.RECIPES),
-         "authors: their public code's settings, for the flags of them not given"),
+         "values of the flags not given; authors: those of their public code; long: 50 epochs"),
         ("seed", TRAINING.seed, (0, 2**31 - 1),
          "of the first weights, the order, the shifts and the pairs"),
         ("save_steps", config.SAVE_STEPS, (1, 10**9),
@@ -85,6 +87,9 @@ FLAGS = {
         ("digit_dim", NETWORK.digit_dim, (1, 1024), "dimension of a digit capsule"),
         ("routing_iterations", NETWORK.routing_iterations, (1, 100),
          "iterations of dynamic routing (procedure 1)"),
+        ("variant", NETWORK.variant, config.VARIANTS,
+         "as in the paper, or with the authors' public code's biases in routing and weaker primary "
+         "capsules"),
     ],
     "Pictures": [
         ("tweak_num", 5, (1, 100), "test digits to tweak"),
@@ -231,7 +236,9 @@ def check_values(values):
 def fill_in(values):
     """Give flags that are not given the values of the recipe, or of MultiMNIST's schedule."""
     preset = config.RECIPES[values.recipe]
-    if values.multi_MNIST and not preset:
+    if values.multi_MNIST and values.recipe == "authors":
+        preset = preset | config.AUTHORS_MULTI_MNIST
+    elif values.multi_MNIST and values.recipe == "default":
         preset = config.MULTI_MNIST
     for name, value in preset.items():
         if not values[name].present:
@@ -240,6 +247,10 @@ def fill_in(values):
 
 def check_combinations(values):
     """Raise UsageError if flags contradict each other."""
+    if values.recipe == "long" and values.multi_MNIST:
+        raise UsageError("--recipe=long is for single digits, without --multi_MNIST")
+    if values["multi_shift"].present and not values.multi_MNIST:
+        raise UsageError("--multi_shift needs --multi_MNIST")
     checkpoints = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
     folders = {os.path.realpath(f) for f in (checkpoints, values.val_checkpoint_dir, values.logdir)}
     if values.restart and not values.train:

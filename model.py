@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from config import INITIALIZATION, INITIALIZATIONS, NetworkConfig
+from config import INITIALIZATION, INITIALIZATIONS, VARIANTS, NetworkConfig
 from errors import ImageTooSmall
 
 DEFAULTS = NetworkConfig()
@@ -55,6 +55,9 @@ class CapsNet(keras.Model):
         conv: "direct" or "dft", how both convolutions are computed (see `ops.Convolution`).
         initialization: a key of `config.INITIALIZATIONS`: "glorot", uniform with biases of 0, or
             "authors", truncated normals with biases of 0.1 as in the authors' public code.
+        variant: "paper", or "authors", the network of the authors' public code: its primary
+            capsules are the convolution divided by the number of types, plus a bias, and its digit
+            capsules have a bias in each iteration of routing.
         dtype: policy of Keras. Under "mixed_bfloat16" the products are bfloat16, except those of
             routing and of spectra; squash, routing, lengths and losses stay float32.
 
@@ -75,6 +78,7 @@ class CapsNet(keras.Model):
         decoder_units=DEFAULTS.decoder_units,
         conv="direct",
         initialization=INITIALIZATION,
+        variant=DEFAULTS.variant,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -91,7 +95,11 @@ class CapsNet(keras.Model):
             "decoder_units": tuple(decoder_units),
             "conv": conv,
             "initialization": initialization,
+            "variant": variant,
         }
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}. Received: variant={variant!r}")
+        authors = variant == "authors"
         policy, initializers = self.dtype_policy, INITIALIZATIONS[initialization]
         self.conv1 = ops.Convolution(
             n_conv,
@@ -107,12 +115,18 @@ class CapsNet(keras.Model):
             primary_dim,
             kernel_size,
             method=conv,
+            coupling=1 / n_primary if authors else None,
             name="primary_capsules",
             dtype=policy,
             **initializers["others"],
         )
         self.digits = ops.DigitCapsules(
-            n_classes, digit_dim, routing_iterations, name="digit_capsules", dtype=policy
+            n_classes,
+            digit_dim,
+            routing_iterations,
+            use_bias=authors,
+            name="digit_capsules",
+            dtype=policy,
         )
         self.decoder = ops.Decoder(
             image_shape, decoder_units, name="decoder", dtype=policy, **initializers["others"]
@@ -126,7 +140,9 @@ class CapsNet(keras.Model):
     @property
     def architecture(self):
         """Return the settings that must match for weights to fit."""
-        excluded = ("conv", "initialization")
+        excluded = ["conv", "initialization"]
+        if self.settings["variant"] == DEFAULTS.variant:  # older checkpoints do not name it
+            excluded.append("variant")
         return {name: value for name, value in self.settings.items() if name not in excluded}
 
     @property
@@ -247,11 +263,16 @@ def layer_sizes(image_shape, n_classes, network=DEFAULTS):
     conv1 = [n - kernel_size + 1 for n in image_shape[:2]]  # rows, columns
     primary = [(n - kernel_size) // 2 + 1 for n in conv1]
     lower, dim = math.prod(primary) * network.n_primary, network.digit_dim
+    bias = 1 if network.variant == "authors" else 0
     widths = [n_classes * dim, *network.decoder_units, math.prod(image_shape)]
     return [
         ("conv1", (*conv1, network.n_conv), (area * image_shape[2] + 1) * network.n_conv),
         ("primary capsules", (lower, network.primary_dim), (area * network.n_conv + 1) * channels),
-        ("digit capsules", (n_classes, dim), lower * network.primary_dim * n_classes * dim),
+        (
+            "digit capsules",
+            (n_classes, dim),
+            (lower * network.primary_dim + bias) * n_classes * dim,
+        ),
         ("decoder", tuple(image_shape), sum((a + 1) * b for a, b in itertools.pairwise(widths))),
     ]
 

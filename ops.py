@@ -68,7 +68,7 @@ def agreement(v, u_hat):
     return tf.matmul(v, u_hat, transpose_b=True)
 
 
-def routing(u_hat, iterations, on_iteration=None):
+def routing(u_hat, iterations, on_iteration=None, bias=None):
     """Route votes by agreement (procedure 1).
 
     Each (image, upper capsule) is one tile of a batched product.
@@ -78,6 +78,8 @@ def routing(u_hat, iterations, on_iteration=None):
         iterations: number of iterations, at least 1.
         on_iteration: called in each iteration with the coupling coefficients c (B, J, 1, I) and the
             upper capsules v (B, J, 1, D).
+        bias: (J, D), added to s_j in each iteration, as in the authors' public code; None as in
+            the paper.
 
     Returns:
         (B, J, D), the upper capsules v.
@@ -88,7 +90,8 @@ def routing(u_hat, iterations, on_iteration=None):
         # Line 4, eq. 3: softmax over the upper capsules. For zero logits it is 1/J; written as a
         # softmax, XLA would fold that constant slowly.
         c = tf.nn.softmax(b, axis=1) if r > 0 else tf.fill(tf.shape(b), 1.0 / u_hat.shape[1])
-        v = squash(tf.matmul(c, u_hat))  # lines 5, 6: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
+        s = tf.matmul(c, u_hat)  # line 5: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
+        v = squash(s if bias is None else s + bias[:, None])  # line 6
         if on_iteration:
             on_iteration(c, v)
         if r + 1 < iterations:  # line 7; nothing reads the logits after the last iteration
@@ -222,17 +225,21 @@ class Convolution(keras.layers.Layer):
             images: (B, H, W, C).
             spectrum: what `spectrum` returned, if the kernel has not changed since.
         """
-        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        y = self.convolve(images, spectrum)
+        y += tf.cast(tf.convert_to_tensor(self.bias), y.dtype)
+        return keras.activations.get(self.activation)(y)
+
+    def convolve(self, images, spectrum=None):
+        """Convolve as `call`, without bias and activation."""
+        kernel = tf.convert_to_tensor(self.kernel)
         if self.algorithm == "dft":  # float32 under any policy: spectra lose digits already
-            images, kernel, bias = (tf.cast(x, tf.float32) for x in (images, kernel, bias))
+            images, kernel = tf.cast(images, tf.float32), tf.cast(kernel, tf.float32)
         if self.algorithm == "direct":
-            y = tf.nn.conv2d(images, kernel, self.strides, "VALID")
-        elif self.algorithm == "patches":
-            y = patches_conv2d(images, kernel, self.strides)
-        else:
-            spectrum = kernel_spectrum(kernel, self.plan) if spectrum is None else spectrum
-            y = dft_conv2d(images, spectrum, self.plan)
-        return keras.activations.get(self.activation)(y + bias)
+            return tf.nn.conv2d(images, kernel, self.strides, "VALID")
+        if self.algorithm == "patches":
+            return patches_conv2d(images, kernel, self.strides)
+        spectrum = kernel_spectrum(kernel, self.plan) if spectrum is None else spectrum
+        return dft_conv2d(images, spectrum, self.plan)
 
     def compute_output_shape(self, input_shape):
         """Return the shape of the output for images of a shape."""
@@ -256,12 +263,22 @@ class PrimaryCapsules(Convolution):
         n_types: types of capsules (paper: 32).
         dim: their dimension (paper: 8).
         kernel_size, strides, method: as in `Convolution`.
+        coupling: factor of the convolution, before the bias is added. In the authors' public code
+            it is 1 / n_types: there the outputs pass through one iteration of routing, whose
+            softmax over the types has logits of zero. None as in the paper.
         **kwargs: initializers as in `Convolution`, and arguments of a Keras layer.
     """
 
-    def __init__(self, n_types, dim, kernel_size=9, strides=2, method="direct", **kwargs):
+    def __init__(
+        self, n_types, dim, kernel_size=9, strides=2, method="direct", coupling=None, **kwargs
+    ):
         super().__init__(n_types * dim, kernel_size, strides, method=method, **kwargs)
-        self.n_types, self.dim = n_types, dim
+        self.n_types, self.dim, self.coupling = n_types, dim, coupling
+
+    def convolve(self, images, spectrum=None):
+        """Convolve as `Convolution` does, and multiply by the coupling."""
+        y = super().convolve(images, spectrum)
+        return y if self.coupling is None else y * self.coupling
 
     def call(self, images, spectrum=None):
         """Convolve and squash: (B, H, W, C) -> (B, I, dim). Arguments as in `Convolution`."""
@@ -276,8 +293,10 @@ class PrimaryCapsules(Convolution):
 
     def get_config(self):
         """Return all arguments of the constructor."""
-        config = super().get_config() | {"n_types": self.n_types, "dim": self.dim}
-        return {k: v for k, v in config.items() if k not in ("filters", "activation")}
+        config = super().get_config()
+        del config["filters"], config["activation"]
+        names = ("n_types", "dim", "coupling")
+        return config | {name: getattr(self, name) for name in names}
 
 
 @register
@@ -288,16 +307,19 @@ class DigitCapsules(keras.layers.Layer):
         n_capsules: J (paper: 10).
         dim: D (paper: 16).
         iterations: of routing, at least 1 (paper: 3).
+        use_bias: whether a bias (J, D), at first 0.1, is added to s_j in each iteration, as in the
+            authors' public code.
 
     Raises:
         ValueError: fewer than one iteration.
     """
 
-    def __init__(self, n_capsules, dim, iterations=3, **kwargs):
+    def __init__(self, n_capsules, dim, iterations=3, use_bias=False, **kwargs):
         super().__init__(**kwargs)
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1. Received: iterations={iterations}")
         self.n_capsules, self.dim, self.iterations = n_capsules, dim, iterations
+        self.use_bias = use_bias
 
     def build(self, input_shape):
         """Create W for lower capsules of this shape."""
@@ -307,6 +329,12 @@ class DigitCapsules(keras.layers.Layer):
             initializer=keras.initializers.TruncatedNormal(stddev=0.1),
             name="W",
         )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                shape=(self.n_capsules, self.dim),
+                initializer=keras.initializers.Constant(0.1),
+                name="bias",
+            )
 
     def call(self, u, chunk_size=None):
         """Route: (B, I, C) -> (B, J, D).
@@ -316,10 +344,12 @@ class DigitCapsules(keras.layers.Layer):
             chunk_size: route this many images at a time, if B is a multiple of it. Their votes then
                 stay in a CPU's cache. That is faster, unless gradients are needed.
         """
-        weights = tf.convert_to_tensor(self.W)
+        weights, bias = tf.convert_to_tensor(self.W), None
+        if self.use_bias:  # float32, as all of routing
+            bias = tf.cast(tf.convert_to_tensor(self.bias), tf.float32)
 
         def route(u):
-            return routing(votes(u, weights), self.iterations)
+            return routing(votes(u, weights), self.iterations, bias=bias)
 
         if not chunk_size or not u.shape[0] or u.shape[0] % chunk_size:
             return route(u)
@@ -332,7 +362,7 @@ class DigitCapsules(keras.layers.Layer):
 
     def get_config(self):
         """Return all arguments of the constructor."""
-        names = ("n_capsules", "dim", "iterations")
+        names = ("n_capsules", "dim", "iterations", "use_bias")
         return super().get_config() | {name: getattr(self, name) for name in names}
 
 

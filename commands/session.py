@@ -66,7 +66,7 @@ class Session:
         size = self.train_size or None
         if flags.multi_MNIST:
             padding = config.MULTI_PADDING
-            train_shift, test_shift = config.MULTI_SHIFT, config.MULTI_SHIFT
+            train_shift = test_shift = flags.multi_shift
         else:
             padding, test_shift = 0, 0
             train_shift = config.MAX_SHIFT if flags.data_deformation else 0

@@ -65,10 +65,11 @@ def train(session, other_modes):
 
 def announce(session):
     """Print what will be trained."""
-    if session.flags.multi_MNIST and session.flags.data_deformation:
+    flags = session.flags
+    if flags.multi_MNIST and flags.data_deformation and flags["data_deformation"].present:
         print(
             "--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
-            f"{config.MULTI_SHIFT} pixels."
+            f"{flags.multi_shift} pixels."
         )
     if session.chief:
         print("\n".join(describe(session)), flush=True)
@@ -166,6 +167,8 @@ def run_metadata(session):
     }
     if flags.multi_MNIST:  # whose digits are shifted in any case
         del metadata["data_deformation"]
+    if flags.multi_MNIST and flags.multi_shift != config.MULTI_SHIFT:  # older runs do not name it
+        metadata["multi_shift"] = flags.multi_shift
     return metadata
 
 

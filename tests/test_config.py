@@ -54,9 +54,12 @@ def test_the_total_loss_weighs_the_reconstruction_and_adds_everything_else():
     np.testing.assert_array_equal(training.total_loss(arrays), [2.0, 2.0])
 
 
-@pytest.mark.parametrize("preset", [*config.RECIPES.values(), config.MULTI_MNIST])
+@pytest.mark.parametrize(
+    "preset", [*config.RECIPES.values(), config.MULTI_MNIST, config.AUTHORS_MULTI_MNIST]
+)
 def test_a_preset_sets_only_what_can_be_set(preset):
-    known = {*config.TrainingConfig._fields, "epoch", "initialization"}
+    known = {*config.TrainingConfig._fields, "epoch", "initialization", "variant"}
+    known |= {"data_deformation", "multi_shift"}
     assert set(preset) <= known
     assert preset.get("initialization", "glorot") in config.INITIALIZATIONS
 
@@ -68,6 +71,7 @@ def test_the_recipe_of_the_authors_trains_for_their_300000_steps():
     assert (recipe["batch_size"], recipe["decay_rate"], recipe["decay_steps"]) == (128, 0.96, 2000)
     assert recipe["reconstruction_weight"] == pytest.approx(0.0005 * 2 * 10)
     assert recipe["averaging"] == 0 and recipe["initialization"] == "authors"
+    assert recipe["variant"] == "authors" and recipe["data_deformation"]
 
 
 def test_the_default_recipe_changes_nothing():

@@ -112,6 +112,8 @@ def test_the_defaults_are_those_of_the_paper_and_of_the_recipe():
         "dataset": "mnist",
         "train_size": 0,
         "multi_test_pairs": 1,
+        "multi_shift": 4,
+        "variant": "paper",
         "conv": "auto",
         "jit": "auto",
         "strategy": "auto",
@@ -157,6 +159,8 @@ AUTHORS = {
     "reconstruction_weight": 20 * 0.0005,
     "averaging": 0.0,
     "initialization": "authors",
+    "variant": "authors",
+    "data_deformation": True,
 }
 MULTI = {
     "epoch": 6,
@@ -176,13 +180,29 @@ def test_the_recipe_of_the_authors_fills_in_only_the_flags_that_are_not_given():
     assert changed_flags("--recipe=authors", *words) == expected | recipe | {"batch_size": 32}
 
 
+def test_the_long_recipe_is_fifty_epochs_of_small_batches():
+    assert changed_flags("--recipe=long", "--epoch=2") == {
+        "recipe": "long",
+        "epoch": 2,
+        "batch_size": 32,
+        "decay_rate": 0.9,
+        "decay_steps": 60_000 // 32,  # once an epoch
+        "averaging": 0.999,
+        "data_deformation": True,
+    }
+    assert changed_flags("--recipe=long")["epoch"] == 50
+
+
 def test_overlapping_digits_have_a_schedule_of_their_own_for_the_flags_that_are_not_given():
     pairs = {"multi_MNIST": True}
     assert changed_flags("--multi_MNIST") == MULTI | pairs
     expected = {name: value for name, value in MULTI.items() if name != "epoch"}
     assert changed_flags("--multi_MNIST", "--epoch=10") == expected | pairs
     both = changed_flags("--multi_MNIST", "--recipe=authors")
-    assert both == AUTHORS | pairs | {"recipe": "authors"}
+    theirs = {"decay_steps": 20000, "multi_shift": 6}
+    assert both == AUTHORS | pairs | theirs | {"recipe": "authors"}
+    given = changed_flags("--multi_MNIST", "--recipe=authors", "--multi_shift=3")
+    assert given["multi_shift"] == 3
     for name, value in MULTI.items():
         assert f"--{name}={value}" in main.help_text()
 
@@ -200,6 +220,10 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     "words, named",
     [
         (["--train", "--epochs=3"], "epochs"),
+        (["--train", "--multi_shift=3"], "--multi_MNIST"),
+        (["--train", "--multi_MNIST", "--multi_shift=9"], "0 to 8"),
+        (["--train", "--multi_MNIST", "--recipe=long"], "--recipe=long"),
+        (["--train", "--variant=x"], "variant"),
         (["--train", "--learning_rat", "0.1"], "learning_rat"),
         (["--train", "False"], "'False'"),
         (["train"], "'train'"),

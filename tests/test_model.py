@@ -279,7 +279,9 @@ def test_images_are_routed_in_chunks_only_for_inference_with_the_convolution_for
     network, batch = random_network(rng, conv=conv), random_batch(rng, 32)
     expected = capsules_of(network, composed(batch[0], batch[1], 0)[0])
     sizes, routing = [], ops.routing
-    monkeypatch.setattr(ops, "routing", lambda *a: sizes.append(a[0].shape[0]) or routing(*a))
+    monkeypatch.setattr(
+        ops, "routing", lambda *a, **k: sizes.append(a[0].shape[0]) or routing(*a, **k)
+    )
     assert_close(network.outputs(batch, inference=inference).capsules, expected)
     assert sizes == ([16, 16] if inference and conv == "dft" else [32])
 
@@ -324,7 +326,9 @@ def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(rng, m
     mixed = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16")
     mixed.set_weights(exact.get_weights())
     routed, routing = [], ops.routing
-    monkeypatch.setattr(ops, "routing", lambda *a: routed.append(routing(*a)) or routed[-1])
+    monkeypatch.setattr(
+        ops, "routing", lambda *a, **k: routed.append(routing(*a, **k)) or routed[-1]
+    )
     batch = random_batch(rng, 4)
     with tf.GradientTape() as tape:
         outputs = mixed.outputs(batch)
@@ -497,6 +501,7 @@ def test_the_defaults_are_those_of_the_paper():
         "routing_iterations": 3,
         "kernel_size": 9,
         "decoder_units": (512, 1024),
+        "variant": "paper",
     }
     assert {name: parameters[name].default for name in paper} == paper
     assert NetworkConfig()._asdict() == paper
@@ -505,11 +510,12 @@ def test_the_defaults_are_those_of_the_paper():
 def test_the_architecture_is_every_setting_but_the_convolution_and_the_first_weights():
     network = CapsNet(**TINY, conv="dft", initialization="authors")
     assert network.architecture == TINY
-    assert network.settings == TINY | {"conv": "dft", "initialization": "authors"}
+    others = {"conv": "dft", "initialization": "authors", "variant": "paper"}
+    assert network.settings == TINY | others
 
 
 def test_a_network_rebuilt_from_its_configuration_has_every_argument_of_its_constructor():
-    arguments = {**TINY, "conv": "dft", "initialization": "authors"}
+    arguments = {**TINY, "conv": "dft", "initialization": "authors", "variant": "authors"}
     parameters = inspect.signature(CapsNet.__init__).parameters
     assert set(parameters) - {"self", "kwargs"} == set(arguments)
     for name, value in arguments.items():
@@ -565,3 +571,61 @@ def test_weights_exported_by_an_earlier_version_fit_the_variables_of_the_same_pa
     lengths, capsules = network(expected["images"] / np.float32(255))
     assert_close(lengths, expected["lengths_float16"])
     assert_close(capsules, expected["capsules_float16"])
+
+
+# ---------------------------------------------------------------- the authors' variant
+
+
+def test_the_authors_variant_has_a_bias_in_routing_and_weak_primary_capsules():
+    net = model.CapsNet((28, 28, 1), 10, variant="authors", initialization="authors")
+    assert net.count_params() == 8_215_568 + 160
+    assert net.architecture["variant"] == "authors"
+    assert "variant" not in model.CapsNet((28, 28, 1), 10).architecture
+    sizes = model.layer_sizes((28, 28, 1), 10, NetworkConfig(variant="authors"))
+    assert sum(count for *_, count in sizes) == net.count_params()
+    np.testing.assert_array_equal(net.digits.bias, np.full((10, 16), 0.1, np.float32))
+    # The first capsules are short, and would be saturated without the division by the types.
+    images = np.random.default_rng(0).random((4, 28, 28, 1), np.float32)
+    features = net.conv1(images)
+    lengths = np.linalg.norm(net.primary(features), axis=-1)
+    net.primary.coupling = None
+    assert lengths.mean() < 0.3 < 0.9 < np.linalg.norm(net.primary(features), axis=-1).mean()
+
+
+def test_the_authors_variant_is_their_routing_written_with_loops():
+    """Their code routes twice: conv outputs with zero logits over the types, then procedure 1."""
+    rng = np.random.default_rng(0)
+    net = model.CapsNet(
+        (8, 8, 1), 3, 5, 4, 3, 6, kernel_size=3, decoder_units=(6,), variant="authors"
+    )
+    for v in net.trainable_variables:
+        v.assign(rng.normal(0, 0.5, v.shape))
+    images = rng.random((2, 8, 8, 1), np.float32)
+    channels = tf.nn.conv2d(net.conv1(images), net.primary.kernel.value, 2, "VALID").numpy()
+    rows, columns = channels.shape[1:3]
+
+    def squashed(s):
+        squared = (s**2).sum(-1, keepdims=True)
+        return s * np.sqrt(squared) / (1 + squared)
+
+    bias = net.primary.bias.numpy().reshape(4, 3)
+    for n in range(2):
+        u = np.empty((rows, columns, 4, 3))
+        for y, x in np.ndindex(rows, columns):
+            logits = np.zeros(4)
+            coupling = np.exp(logits) / np.exp(logits).sum()  # a softmax over the types
+            for t in range(4):
+                u[y, x, t] = squashed(coupling[t] * channels[n, y, x].reshape(4, 3)[t] + bias[t])
+        u = u.reshape(-1, 3)
+        w, b = net.digits.W.numpy(), np.zeros((len(u), 3))
+        votes = np.einsum("jicd,ic->ijd", w, u)
+        for _ in range(3):
+            c = np.exp(b) / np.exp(b).sum(1, keepdims=True)
+            v = squashed(np.einsum("ij,ijd->jd", c, votes) + net.digits.bias.numpy())
+            b += np.einsum("ijd,jd->ij", votes, v)
+        np.testing.assert_allclose(net(images)[1][n], v, atol=1e-5)
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="paper.*authors.*Received: variant='x'"):
+        model.CapsNet((28, 28, 1), 10, variant="x")

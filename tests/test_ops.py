@@ -268,7 +268,9 @@ def test_images_are_routed_in_chunks_if_they_are_a_multiple_of_the_chunk_size(
     rng, monkeypatch, images, chunk_size, routed_at_a_time
 ):
     sizes, routing = [], ops.routing
-    monkeypatch.setattr(ops, "routing", lambda *a: sizes.append(a[0].shape[0]) or routing(*a))
+    monkeypatch.setattr(
+        ops, "routing", lambda *a, **k: sizes.append(a[0].shape[0]) or routing(*a, **k)
+    )
     u, weights = lower_and_weights(rng, images)
     digit_capsules(weights)(tf.constant(u), chunk_size=chunk_size)
     assert sizes == routed_at_a_time
@@ -404,13 +406,14 @@ LAYERS = {
             "kernel_size": 4,
             "strides": 3,
             "method": "dft",
+            "coupling": 0.5,
             **INITIALIZERS,
         },
         [(2, 12, 9, 5)],
     ),
     "DigitCapsules": (
         ops.DigitCapsules,
-        {"n_capsules": 4, "dim": 6, "iterations": 2},
+        {"n_capsules": 4, "dim": 6, "iterations": 2, "use_bias": True},
         [(2, 7, 5)],
     ),
     "Decoder": (

@@ -89,6 +89,20 @@ def test_the_recipe_of_the_authors_reaches_trainer_and_network(few):
     assert trainer.config.total_loss({"margin": 1, "reconstruction": 1}) == pytest.approx(1.01)
     assert not trainer.optimizer.use_ema
     assert session.network.conv1.bias.numpy().tolist() == pytest.approx([0.1] * 8)
+    assert session.network.primary.coupling == 1 / session.network.primary.n_types
+    assert session.network.digits.bias.shape == session.network.digits.W.shape[::3]
+    assert session.train_data.max_shift == 2
+
+
+def test_overlapping_digits_are_shifted_by_as_much_as_the_flag_says(few):
+    for words, shift in ([], 4), (["--multi_shift=6"], 6), (["--recipe=authors"], 6):
+        session = session_of(*FAST, "--multi_MNIST", *words)
+        for data in (session.train_data, session.test_data):
+            assert (data.max_shift, data.padding, data.canvas_shape()) == (shift, 4, (36, 36, 1))
+        shifts = session.test_data.evaluation_plan().shift
+        assert (shifts.min(), shifts.max()) == (-shift, shift)
+        named = make_trainer(session, print).metadata["training"].get("multi_shift")
+        assert named == (None if shift == 4 else shift)  # runs from before the flag resume
 
 
 def test_initialization_says_how_the_first_weights_are_drawn(few):
