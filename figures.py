@@ -415,7 +415,7 @@ def save_tweak_overview(path, images, deltas, class_name):
 
 
 def save_sweep(path, images, deltas, row_names):
-    """Draw digits with each dimension of their capsules changed to and fro, as an animated GIF.
+    """Draw digits with each dimension of their capsules swept back and forth, as an animated GIF.
 
     Args:
         path: file to write.
@@ -423,7 +423,7 @@ def save_sweep(path, images, deltas, row_names):
         deltas: (steps,), what was added to the dimension.
         row_names: class of each digit.
     """
-    note = "one column a dimension of the capsule, the other dimensions as the network found them"
+    note = "one column per dimension of the capsule, the other dimensions as the network found them"
     above = [str(dimension) for dimension in range(len(images))]
     pages = []
     for step, delta in enumerate(deltas):

@@ -77,7 +77,7 @@ FLAGS = {
         ("seed", TRAINING.seed, (0, 2**31 - 1),
          "of the first weights, the order, the shifts and the pairs"),
         ("save_steps", config.SAVE_STEPS, (1, 10**9),
-         "steps between checkpoints (one an epoch besides)"),
+         "steps between checkpoints (plus one after each epoch)"),
         ("restart", False, None, "with --train: move an earlier run aside and start over"),
     ],
     "Network": [
@@ -98,7 +98,7 @@ FLAGS = {
         ("conv", "auto", ("auto", "direct", "dft"),
          "convolve directly or by products of spectra; auto: dft on a CPU"),
         ("jit", "auto", ("auto", "on", "off"),
-         "compile with XLA; auto: but for direct convolution on a CPU, which XLA does slowly"),
+         "compile with XLA; auto: on, except for direct convolution on a CPU"),
     ],
     "Devices": [
         ("strategy", "auto", ("auto", "one", "mirrored", "multi_worker"),
@@ -112,7 +112,7 @@ FLAGS = {
          "bit-identical runs on accelerators and with --conv=direct too, at some cost in speed"),
     ],
     "Folders": [
-        ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder a run"),
+        ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder per run"),
         ("val_checkpoint_dir", "val_checkpoint", None, "of the best by validation"),
         ("multi_checkpoint_dir", "multi_checkpoint", None, "of checkpoints with --multi_MNIST"),
         ("sample_dir", "samples", None, "of pictures"),
@@ -122,6 +122,7 @@ FLAGS = {
 }
 # fmt: on
 ROWS = [row for rows in FLAGS.values() for row in rows]
+EMPTY = {"predict": "PATTERN", "export": "DIR"}  # what --help shows for flags that are empty
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 
 _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
@@ -147,7 +148,8 @@ def advice(error):
         if error.dataset is None:
             return "put a good copy in its place"
         return f"run: python download.py {error.dataset}"
-    return ADVICE.get(type(error), "")
+    kinds = (kind for kind in type(error).__mro__ if kind in ADVICE)
+    return ADVICE.get(next(kinds, None), "")
 
 
 def help_text():
@@ -169,7 +171,7 @@ def describe_flag(name, default, bounds):
     if isinstance(default, str):
         if bounds:
             return f"--{name}={'|'.join(bounds)}", f" (default {default})"
-        return f"--{name}={default or {'predict': 'PATTERN', 'export': 'DIR'}[name]}", ""
+        return f"--{name}={default or EMPTY.get(name, 'TEXT')}", ""
     low, high = (f"{b:,}" if isinstance(b, int) else f"{b:g}" for b in bounds)
     return f"--{name}={default}", f" ({low} to {high})"
 

@@ -215,7 +215,7 @@ class Display:
         left = datetime.timedelta(seconds=round(progress.seconds_left))
         head = f"Epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.last_step}"
         losses = "".join(
-            f"{name.replace('_', ' ')} loss {value:.4g}, "
+            f"{name.replace('_', ' ')} loss {format_loss(value)}, "
             for name, value in progress.losses.items()
         )
         text = (
@@ -240,6 +240,11 @@ class Display:
             print(f"{head}: {text}", flush=True)
 
 
+def format_loss(value):
+    """Return a loss with four decimals, or two from 1 on."""
+    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+
+
 def say_written(paths):
     """Print which files were written."""
     print("Wrote " + ", ".join(str(path) for path in paths))
@@ -247,7 +252,8 @@ def say_written(paths):
 
 def plural(count, word):
     """Return a count with its noun, such as "1 epoch" or "2 epochs"."""
-    return f"{count:g} {word}" if count == 1 else f"{count:g} {word}s"
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{shown} {word}" if count == 1 else f"{shown} {word}s"
 
 
 def reason(error):
@@ -284,4 +290,4 @@ def describe_error(error, advice="", several_workers=False):
             "another worker stopped or cannot be reached; start all workers again, they resume "
             "from the last checkpoint"
         )
-    return f"{reason(error)}; what was saved before is as it was"
+    return f"{reason(error)}; earlier checkpoints are unchanged"

@@ -74,7 +74,9 @@ def make_result(session, evaluation, images_per_second):
     """Return the contents of test.json: accuracies, losses, settings, and how they were made."""
     training = session.metadata["training"]
     wrong, images = int(np.sum(~evaluation.correct)), len(evaluation.correct)
-    config = TrainingConfig(reconstruction_weight=training["reconstruction_weight"])
+    weights = TrainingConfig(
+        **{name: training[name] for name in TrainingConfig._fields if name in training}
+    )
     return {
         "accuracy": evaluation.accuracy,
         "error_percent": 100 * wrong / images,
@@ -83,7 +85,7 @@ def make_result(session, evaluation, images_per_second):
         "digit_accuracy": float(digits_right(evaluation).mean()),
         "margin_loss": evaluation.losses["margin"],
         "reconstruction_loss": evaluation.losses["reconstruction"],
-        "total_loss": config.total_loss(evaluation.losses),
+        "total_loss": weights.total_loss(evaluation.losses),
         "accuracy_per_class": accuracy_per_class(evaluation, session.dataset.class_names),
         "images_per_second": images_per_second,
         "dataset": session.name,

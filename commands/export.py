@@ -1,4 +1,4 @@
-"""`--export`: write the network for use without this program; and read `pretrained/`."""
+"""`--export`: write the network for use without this program."""
 
 import contextlib
 import json
@@ -11,14 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-import utils
 from commands.evaluate import training_seconds
-from errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from errors import UserError
 from model import CapsNet
 from runtime import ROOT, say_written
-from training.checkpoints import by_path, differences
-
-METADATA = "facts"  # its key in weights.npz
+from training.checkpoints import METADATA, by_path
 
 
 def export(session):
@@ -104,34 +101,6 @@ def archive_with_endpoint(network, digits):
     shape = (None, *network.settings["image_shape"])
     archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
     return archive
-
-
-def load_pretrained(network, folder):
-    """Give a network the weights that `write_network` wrote to a folder.
-
-    Returns:
-        Their metadata.
-
-    Raises:
-        NoPretrainedWeights: there are none.
-        PretrainedMismatch: they belong to another network.
-        UserError: they are damaged.
-    """
-    path = Path(folder) / "weights.npz"
-    if not path.exists():
-        available = sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz"))
-        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
-    try:
-        with np.load(path) as file:
-            metadata = json.loads(str(file[METADATA]))
-            if different := differences(metadata["shape"], network.architecture):
-                raise PretrainedMismatch(path, different)
-            values = [file[v.path] for v in network.variables]
-    except (KeyError, *utils.NPZ_ERRORS) as error:
-        raise UserError(f"{path} is damaged ({error}); put back the original") from None
-    for variable, value in zip(network.variables, values, strict=True):
-        variable.assign(value)
-    return metadata
 
 
 def model_card(session, metadata, result):

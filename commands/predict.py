@@ -84,12 +84,16 @@ def read_images(session, paths):
         except UserError as error:
             failed.append(str(error))
             continue
-        ground_here = "light" if utils.is_dark_on_light(image) else "dark"
-        inverted = ground is not None and ground_here != ground
+        inverted = ground is not None and ground != ground_of(image)
         image, done = utils.fit_image(image, shape, inverted)
         files.append((path, done))
         images.append(image)
     return files, images, failed
+
+
+def ground_of(image):
+    """Tell whether an image is "light" or "dark" at its edges."""
+    return "light" if utils.is_dark_on_light(image) else "dark"
 
 
 def training_ground(images):

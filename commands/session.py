@@ -11,7 +11,7 @@ import tensorflow as tf
 import config
 import runtime
 import utils
-from commands.export import load_pretrained
+from commands.pretrained import load_pretrained
 from errors import UsageError, UserError
 from input_pipeline import Data
 from model import CapsNet
@@ -20,7 +20,7 @@ from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
 from training.folders import Folders, claim
 
-# They write among the events of the run, or export what these say of it.
+# Modes that write to the run's log folder, or read its events.
 MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
 
 

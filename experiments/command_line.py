@@ -4,6 +4,7 @@ Importing it makes the modules of the program importable, which are one folder u
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,8 @@ def number(kind, low, high):
 
     def parse(text):
         try:
-            value = kind(text)
+            plain = kind is float or str(text).isdecimal()  # int() takes "1_000" too
+            value = kind(text) if plain else math.nan
         except ValueError:
             value = math.nan  # which is within no bounds
         if not low <= value <= high:
@@ -133,10 +135,15 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         runtime.commit()  # now: it may be another one after an hour of training
         if starts_tensorflow:
             problems += (runtime.start_tensorflow().errors.OpError,)
-        return function(values) or 0
+        code = function(values) or 0
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
+        return code
     except UsageError as error:
         print(f"{program}: {error}; see --help", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return 1
     except problems as error:
         line = runtime.describe_error(error, advise(error, advice or {}))
         print(f"{program}: {line}", file=sys.stderr)

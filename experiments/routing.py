@@ -76,7 +76,7 @@ def load_network(image_shape, checkpoint):
     Raises:
         UserError: the weights do not fit, or belong to another data set.
     """
-    from commands.export import load_pretrained
+    from commands.pretrained import load_pretrained
     from model import CapsNet
     from training.checkpoints import load_weights
 

@@ -89,8 +89,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
         load_weights(network, folder / "checkpoint", print)
     except CURED_BY_REMOVAL as error:
         raise errors.UserError(
-            f"{error}; the same command resumes from what is in {folder}; without that folder it "
-            "starts over"
+            f"{error}; delete {folder} and give the same command again to start over"
         ) from error
     outcome = settings | progress | measure_accuracy(network, test_data, plan)
     outcome["training_seconds"] = read_scalars(folder / "logs" / "train")[1]
@@ -139,7 +138,9 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
             trained = check / CHECKS
             fit(trained)
             if trainer.state.step > math.ceil(trained * trainer.steps_per_epoch):
-                continue  # an earlier command has trained further
+                if check < CHECKS * epochs:
+                    continue  # an earlier command has trained further
+                trained = trainer.state.step / trainer.steps_per_epoch
             with trainer.averaged():
                 reached = evaluator.evaluate(goal.data, goal.plan).accuracy
             display.report(

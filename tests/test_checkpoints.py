@@ -20,7 +20,7 @@ from model import CapsNet
 from training.checkpoints import (
     DAMAGE,
     Checkpoints,
-    NoCheckpoints,
+    ReadOnlyCheckpoints,
     RunState,
     differences,
     load_weights,
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_user_error_and_the_others_stay
         raise full
 
     monkeypatch.setattr(tf.train.Checkpoint, "write", write)
-    with pytest.raises(UserError, match="cannot save to .*No space left.*as they were") as caught:
+    with pytest.raises(UserError, match="cannot save to .*No space left.*intact") as caught:
         trainer.fit(3, 500)
     assert "\n" not in str(caught.value)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -163,12 +163,12 @@ def test_the_checkpoints_of_other_workers_are_read_and_never_written(run_copy):
     folder, net = run_copy / "checkpoint", network()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     trainer = trainer_in(run_copy)
-    checkpoints = NoCheckpoints(folder, trainer.network, trainer.optimizer, 4)
+    checkpoints = ReadOnlyCheckpoints(folder, trainer.network, trainer.optimizer, 4)
     checkpoints.prepare(10)
     assert checkpoints.restore(12).step == 12
     checkpoints.save(RunState(15, np.zeros(4)), metadata_of(net))
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    elsewhere = make_checkpoints(run_copy / "elsewhere", kind=NoCheckpoints)
+    elsewhere = make_checkpoints(run_copy / "elsewhere", kind=ReadOnlyCheckpoints)
     elsewhere.prepare(None)
     elsewhere.save(RunState(1, np.zeros(4)), metadata_of(net))
     assert not (run_copy / "elsewhere").exists()

@@ -368,7 +368,7 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     killed = time.monotonic()
     others = Workers(whole, 2, "--train", *SMALL)
     (victim, *_), (code, _, error) = workers.results()
-    assert time.monotonic() - killed < 60
+    assert time.monotonic() - killed < 240
     assert (code, victim) == (1, -signal.SIGKILL)
     assert error == (
         "main.py: another worker stopped or cannot be reached; start all workers again, they "
@@ -458,7 +458,7 @@ def test_a_worker_whose_others_do_not_come_ends_after_the_time_that_it_printed(t
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=240,
         env=environment(GOOD),
         check=False,
     )

@@ -309,7 +309,7 @@ def test_an_error_that_removing_the_folder_cures_names_the_folder(error, tmp_pat
         run_tiny(tmp_path / "a", 1, monkeypatch)
     message = str(raised.value)
     assert message.startswith(str(error))
-    assert f"{tmp_path}/a_" in message and "starts over" in message and "--" not in message
+    assert f"{tmp_path}/a_" in message and "start over" in message and "--" not in message
 
 
 def test_a_folder_in_use_is_no_reason_to_remove_it(tmp_path, monkeypatch):

@@ -36,14 +36,21 @@ def test_the_first_signal_is_noted_and_reported_on_leaving(number):
     assert caught.value.number == number
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_of_either_kind_acts_at_once(first, second):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_again_acts_at_once(number):
     with pytest.raises(Handled) as caught, StopSignal():
-        signal.raise_signal(first)
-        signal.raise_signal(second)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         raise AssertionError("the second signal was only noted")
-    assert caught.value.args == (second,)
+    assert caught.value.args == (number,)
+
+
+def test_a_signal_of_the_other_kind_does_not_cut_the_save_short(handlers):
+    """A terminal's Ctrl-C and its wrapper's SIGTERM may come together."""
+    with pytest.raises(Interrupted) as caught, StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.number == signal.SIGTERM
 
 
 def test_an_error_inside_is_not_hidden_by_a_signal():

@@ -410,7 +410,7 @@ def test_tensorflow_says_less_where_all_workers_would_repeat_it(
         (
             tf.errors.ResourceExhaustedError(None, None, "OOM when allocating [Op:Conv2D]"),
             1,
-            "main.py: OOM when allocating; what was saved before is as it was",
+            "main.py: OOM when allocating; earlier checkpoints are unchanged",
         ),
     ],
 )
@@ -622,26 +622,51 @@ def names_defined_in(path):
     return names
 
 
-def test_every_link_of_the_readme_into_the_code_points_to_the_file_that_defines_the_name():
-    pattern = r"\[`([\w.]+)`\]\(([\w/]+\.py)(?:#L\d+)?\)"
-    links = re.findall(pattern, (ROOT / "README.md").read_text())
-    assert len(links) > 10
-    for name, file in links:
-        assert name.split(".")[-1] in names_defined_in(ROOT / file), (name, file)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_readme_lists_every_flag_with_its_default():
-    table = (ROOT / "README.md").read_text()
+def heading_anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = re.findall(r"(?:\[([^\]]*)\])\(([^)\s]+)\)", page.read_text())
+    for text, target in links:
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in heading_anchors(path), target
+        if path.suffix == ".py" and re.fullmatch(r"`[\w.]+`", text):
+            name = text.strip("`").split(".")[-1]
+            assert name in names_defined_in(path), (text, target)
+
+
+def test_the_pages_link_into_the_code_and_to_each_other():
+    texts = "".join(page.read_text() for page in PAGES)
+    assert len(re.findall(r"\[`[\w.]+`\]\([\w/.]+\.py\)", texts)) > 15
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme, page
+    assert readme.count("\n") <= 200
+
+
+def test_the_usage_page_lists_every_flag_with_its_default():
+    table = (ROOT / "docs" / "usage.md").read_text()
     for name, default, _, text in main.ROWS:
         shown = "off" if default is False else f"`{default}`" if default != "" else "none"
         assert f"| `--{name}` | {shown} | {text}" in table, name
 
 
-def test_every_command_of_the_readme_is_one_that_is_accepted(monkeypatch):
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)  # its folders of images are examples
-    text = (ROOT / "README.md").read_text()
+def test_every_command_of_the_pages_is_one_that_is_accepted(monkeypatch):
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)  # their folders of images are examples
+    text = "".join(page.read_text() for page in PAGES)
     words = re.findall(r"`?python main\.py ((?:--?[\w=./*'-]+ ?)+)", text)
-    assert len(words) > 10
+    assert len(words) > 20
     for line in words:
         if "--help" not in line and "--strategy" not in line:
             main.parse(["main.py", *line.replace("'", "").split()])
@@ -655,7 +680,7 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
     }
 
 
-def test_the_table_of_results_in_the_readme_is_the_one_made_from_the_results():
+def test_the_table_of_results_in_the_docs_is_the_one_made_from_the_results():
     shown = subprocess.run(
         [sys.executable, "benchmarks/results.py"],
         cwd=ROOT,
@@ -663,7 +688,7 @@ def test_the_table_of_results_in_the_readme_is_the_one_made_from_the_results():
         text=True,
         capture_output=True,
     ).stdout.strip()
-    assert shown.count("\n") > 3 and shown in (ROOT / "README.md").read_text()
+    assert shown.count("\n") > 3 and shown in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_of_results_has_mean_and_deviation_of_runs_that_differ_in_their_seed():

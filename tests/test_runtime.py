@@ -310,7 +310,7 @@ def test_a_step_is_shown_with_its_epoch_speed_time_left_losses_and_accuracy(cloc
 def test_losses_are_shown_by_whatever_name_they_have(clock, capsys):
     with runtime.Display() as display:
         display.show_step(PROGRESS._replace(losses={"cross_entropy": 2.0}))
-    assert "1:02:03 left, cross entropy loss 2, accuracy" in capsys.readouterr().out
+    assert "1:02:03 left, cross entropy loss 2.00, accuracy" in capsys.readouterr().out
 
 
 def test_off_a_terminal_there_is_a_line_for_the_first_step_each_epoch_and_every_30_seconds(
@@ -433,7 +433,14 @@ def test_written_files_are_listed_in_one_line(capsys):
 
 @pytest.mark.parametrize(
     "count, text",
-    [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (0.5, "0.5 epochs"), (1.0, "1 epoch")],
+    [
+        (0, "0 epochs"),
+        (1, "1 epoch"),
+        (2, "2 epochs"),
+        (0.5, "0.5 epochs"),
+        (1.0, "1 epoch"),
+        (10**6, "1,000,000 epochs"),
+    ],
 )
 def test_a_noun_agrees_with_its_number(count, text):
     assert runtime.plural(count, "epoch") == text
@@ -451,7 +458,7 @@ def test_the_reason_of_a_tensorflow_error_is_one_line_without_names_of_its_graph
     assert runtime.reason(error) == "shapes differ:"
 
 
-SAVED = "; what was saved before is as it was"
+SAVED = "; earlier checkpoints are unchanged"
 LOST = (
     "another worker stopped or cannot be reached; start all workers again, they resume from the "
     "last checkpoint"

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
 from runtime import reason
+from training.step import OPTIMIZER_NAME
 
 KEPT = 2  # checkpoints of a run
 METADATA = "facts"  # its key in a checkpoint
@@ -25,7 +26,7 @@ DAMAGE = (tf.errors.OpError, IndexError)
 
 @dataclasses.dataclass
 class RunState:
-    """How far a training is, besides the variables of the network and the optimizer."""
+    """Training progress outside the variables of the network and the optimizer."""
 
     step: int  # steps done
     sums: np.ndarray  # losses, correct examples and examples of this epoch so far
@@ -89,7 +90,7 @@ class Checkpoints:
             metadata: dict that can be written as JSON.
 
         Raises:
-            UserError: it cannot be written; the older ones are as they were.
+            UserError: it cannot be written; the older ones are intact.
         """
         self._state[METADATA].assign(json.dumps(metadata))
         self._state["sums"].assign(state.sums)
@@ -106,8 +107,8 @@ class Checkpoints:
                     path.unlink()
         except (tf.errors.OpError, OSError) as error:
             raise UserError(
-                f"cannot save to {self.folder}: {reason(error)}; the checkpoints there are as "
-                "they were: make room and run the same command again"
+                f"cannot save to {self.folder}: {reason(error)}; the checkpoints there are "
+                "intact: free disk space and run the same command again"
             ) from error
 
     def _write_list(self, steps):
@@ -173,7 +174,7 @@ class Checkpoints:
             return newest_intact(self.folder, read, report)[1]
 
 
-class NoCheckpoints(Checkpoints):
+class ReadOnlyCheckpoints(Checkpoints):
     """The checkpoints of a worker that is not the chief: they are read, never written."""
 
     def prepare(self, intact_step):
@@ -361,4 +362,6 @@ def load_weights(network, folder, report):
 
 def _averages(network):
     """Return the network's variables by the paths of their averages in the optimizer."""
-    return {f"adam/{v.path.replace('/', '_')}_average": v.value for v in network.variables}
+    return {
+        f"{OPTIMIZER_NAME}/{v.path.replace('/', '_')}_average": v.value for v in network.variables
+    }

@@ -11,7 +11,7 @@ BATCH_SIZE = 128
 
 
 class Evaluation(NamedTuple):
-    """What a network says of N examples with K digits each, J classes."""
+    """Results for N examples with K digits each, J classes."""
 
     scores: np.ndarray  # (N, J), what classes are ranked by
     predictions: np.ndarray  # (N, K)

@@ -25,7 +25,7 @@ class EventLog:
             return
         self._writers = {}
         for name in names:
-            # What is written before the first step, a start writes again.
+            # A fresh start writes everything before step 1 again.
             cut_events(folder / name, step if step > 0 else -1)
             self._writers[name] = tf.summary.create_file_writer(str(folder / name))
 

@@ -1,4 +1,4 @@
-"""Stop a training by a signal, after the step that runs."""
+"""Stop training on a signal, after the current step."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Context manager that notes the first SIGTERM or Ctrl-C; a second one acts at once.
+    """Context manager that notes the first SIGTERM and the first Ctrl-C; a second one acts at once.
 
     Leaving it without an exception raises Interrupted if a signal came when there was no step left
     that could have noticed it.
@@ -37,14 +37,11 @@ class StopSignal:
         return self
 
     def __exit__(self, kind, error, traceback):
-        self._restore_handlers()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         if kind is None and self.number:
             raise Interrupted(self.number)
 
     def _handle(self, number, frame):
         self.number = number
-        self._restore_handlers()
-
-    def _restore_handlers(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signal.signal(number, self._previous[number])

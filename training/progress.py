@@ -1,11 +1,11 @@
-"""What is known after a step, and how fast the steps are."""
+"""Progress after a training step, and the speed of the steps."""
 
 import time
 from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """What is known after a step."""
+    """Progress after a training step."""
 
     epoch: int  # from 1
     epochs: int

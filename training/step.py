@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+OPTIMIZER_NAME = "adam"  # part of its variables' keys in a checkpoint
+
 
 class AveragingAdam(keras.optimizers.Adam):
     """Adam with running averages of the weights that soon forget the first ones.
@@ -28,7 +30,7 @@ def make_optimizer(config, variables):
         config.learning_rate, config.decay_steps, config.decay_rate
     )
     optimizer = AveragingAdam(
-        schedule, name="adam", use_ema=config.averaging > 0, ema_momentum=config.averaging
+        schedule, name=OPTIMIZER_NAME, use_ema=config.averaging > 0, ema_momentum=config.averaging
     )
     optimizer.build(variables)
     return optimizer
@@ -68,7 +70,8 @@ def compile_step(network, optimizer, config, strategy, jit):
             loss = config.total_loss(terms)
         correct = tf.reduce_sum(weight * tf.cast(outputs.correct, tf.float32))
         values = [v.value for v in variables]
-        return tape.gradient(loss, values), tf.stack([*terms.values(), correct])
+        metrics = [terms[name] for name in network.loss_names]
+        return tape.gradient(loss, values), tf.stack([*metrics, correct])
 
     def step(batch):
         values, metrics = gradients(batch)

@@ -4,7 +4,7 @@ A network that can be trained has:
     outputs(batch, spectra=..., inference=..., step=...): a NamedTuple with scores (B, J),
         predictions (B, K) and correct (B,).
     loss_names, loss_terms(outputs): the terms of the loss; a dict of name to (B,).
-    spectra(): what can be computed once between two changes of the weights.
+    spectra(): what depends on the weights only, computed once for many calls.
     architecture: dict of the settings that must match for weights to fit.
     variables, trainable_variables, get_weights, set_weights: as a Keras model.
 """
@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from errors import NotFinite
 from input_pipeline import batches
-from training.checkpoints import Checkpoints, NoCheckpoints, RunState, saved_steps
+from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, saved_steps
 from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator
 from training.events import EventLog, write_scalars, write_settings
@@ -30,11 +30,11 @@ from training.progress import Progress, Speedometer
 from training.resume import check_agreement, resume
 from training.step import compile_step, learning_rate, make_optimizer
 
-AGREEMENT_STEPS = 10  # between two times that workers ask each other whether one is to stop
+AGREEMENT_STEPS = 10  # between the votes of several workers on whether to stop
 
 
-class Run(NamedTuple):
-    """What the steps of one call of `fit` have in common."""
+class FitContext(NamedTuple):
+    """What the steps of one call of `fit` share."""
 
     last_step: int
     save_steps: int
@@ -56,8 +56,8 @@ class Trainer:
         jit: whether XLA compiles the step.
         strategy: tf.distribute.Strategy in whose scope the network was created, or None.
         report: takes a line of text for the user.
-        draw: returns pictures (H, W, C) by their tags, drawn after each epoch.
-        summarize: takes the Evaluation of `validation`, and writes more summaries of it.
+        draw: returns pictures (H, W, C) by their tags, drawn after each epoch; or None.
+        summarize: takes the Evaluation of `validation` and writes more summaries of it; or None.
 
     Attributes:
         state: RunState.
@@ -79,15 +79,15 @@ class Trainer:
         jit=True,
         strategy=None,
         report=print,
-        draw=dict,
-        summarize=lambda evaluation: None,
+        draw=None,
+        summarize=None,
     ):
         self.network, self.data, self.config = network, data, config
         self.folders, self.validation, self.report = folders, validation, report
         self.strategy = strategy or tf.distribute.get_strategy()
         self.chief = is_chief(self.strategy)
-        self.draw = draw if self.chief else dict
-        self.summarize = summarize if self.chief else lambda evaluation: None
+        self.draw = draw if self.chief else None
+        self.summarize = summarize if self.chief else None
         # Steps to start before the result of one is read, so an accelerator never waits for Python.
         self.steps_ahead = 1 if tf.config.list_logical_devices("GPU") else 0
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
@@ -102,7 +102,7 @@ class Trainer:
         n_sums = len(network.loss_names) + 2  # also: correct examples, examples
         self.state = RunState(step=0, sums=np.zeros(n_sums))
         self.resumed_step = None
-        kind = Checkpoints if self.chief else NoCheckpoints
+        kind = Checkpoints if self.chief else ReadOnlyCheckpoints
         self.checkpoints = kind(folders.checkpoint, network, self.optimizer, n_sums)
         self.best = kind(folders.best, network, self.optimizer, n_sums, keep=1)
 
@@ -142,15 +142,21 @@ class Trainer:
                 return False
             if self.resumed_step and on_resume:
                 on_resume(self.resumed_step)
-            log = stack.enter_context(self._open_folders(texts or {}))
-            run = Run(last_step, save_steps, log, stop, on_step or (lambda progress: None))
+            log = stack.enter_context(self._open_folders())
+            if self.chief and self.state.step == 0:
+                settings = self.metadata["shape"] | self.metadata["training"]
+                write_settings(self.folders.logs, settings)
+                log.write_texts(texts or {})
+            context = FitContext(
+                last_step, save_steps, log, stop, on_step or (lambda progress: None)
+            )
             while self.state.step < last_step:
-                self._train_epoch(run)
+                self._train_epoch(context)
             return True
 
     # --- Steps ------------------------------------------------------------------------------------
 
-    def _train_epoch(self, run):
+    def _train_epoch(self, context):
         """Train to the end of the epoch, or to the last step."""
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         plan = self.data.training_plan(self.config.seed, epoch)
@@ -160,22 +166,22 @@ class Trainer:
             self.state.step += 1
             pending.append((self.state.step, metrics))
             end_of_epoch = self.state.step % self.steps_per_epoch == 0
-            last = self.state.step == run.last_step
-            saving = end_of_epoch or last or self.state.step % run.save_steps == 0
-            self._read_results(pending, 0 if saving else self.steps_ahead, speedometer, run)
-            stopping = self._stopping(run.stop)
+            last = self.state.step == context.last_step
+            saving = end_of_epoch or last or self.state.step % context.save_steps == 0
+            self._read_results(pending, 0 if saving else self.steps_ahead, speedometer, context)
+            stopping = self._stopping(context.stop)
             if stopping:
-                self._read_results(pending, 0, speedometer, run)
+                self._read_results(pending, 0, speedometer, context)
             if end_of_epoch:
-                self._end_epoch(run)
+                self._end_epoch(context)
             if saving or stopping:
-                self._save(run)
+                self._save(context)
             if stopping:
-                raise Interrupted(run.stop.number or signal.SIGTERM)
+                raise Interrupted(context.stop.number or signal.SIGTERM)
             if last:
                 return
 
-    def _read_results(self, pending, left, speedometer, run):
+    def _read_results(self, pending, left, speedometer, context):
         """Check, sum, log and report the results of pending steps, all but the last `left`."""
         while len(pending) > left:
             step, metrics = pending.pop(0)
@@ -185,8 +191,8 @@ class Trainer:
             self.state.sums += np.append(metrics, 1) * self._batch_examples(step)
             losses = self._by_name(metrics)
             total, rate = self.config.total_loss(losses), learning_rate(self.config, step)
-            run.log.write_step(step, total, losses, metrics[-1], rate)
-            run.on_step(self._progress(step, run.last_step, speedometer.count_step()))
+            context.log.write_step(step, total, losses, metrics[-1], rate)
+            context.on_step(self._progress(step, context.last_step, speedometer.count_step()))
 
     def _batch_examples(self, step):
         """Return the number of examples in the batch of a step."""
@@ -221,13 +227,14 @@ class Trainer:
 
     # --- The end of an epoch ----------------------------------------------------------------------
 
-    def _end_epoch(self, run):
+    def _end_epoch(self, context):
         """Draw pictures, validate, and keep the best weights, before the epoch's checkpoint."""
         self.state.sums = np.zeros_like(self.state.sums)
         step, data = self.state.step, self.validation
         with self.averaged():
-            with run.log.writing("validation" if data else "train", step):
-                for tag, picture in self.draw().items():
+            pictures = self.draw() if self.draw else {}
+            with context.log.writing("validation" if data else "train", step):
+                for tag, picture in pictures.items():
                     tf.summary.image(tag, picture[None])
             if not data:
                 return
@@ -238,12 +245,13 @@ class Trainer:
             f"Validation after step {step}: loss {loss:.5f}, accuracy "
             f"{100 * evaluation.accuracy:.2f}%{', the best so far' if improved else ''}"
         )
-        with run.log.writing("validation", step):
+        with context.log.writing("validation", step):
             write_scalars(loss, evaluation.losses, evaluation.accuracy)
-            self.summarize(evaluation)
+            if self.summarize:
+                self.summarize(evaluation)
         if improved:
             self.state.best_loss = loss
-            self.best.save(self.state, self._metadata_at(run.last_step))
+            self.best.save(self.state, self._metadata_at(context.last_step))
 
     @contextlib.contextmanager
     def averaged(self):
@@ -261,12 +269,12 @@ class Trainer:
         """Return the metadata of a checkpoint of this step."""
         return self.metadata | {"step": self.state.step, "last_step": last_step}
 
-    def _save(self, run):
+    def _save(self, context):
         """Write a checkpoint, unless a weight is not finite."""
         if not all(np.isfinite(array).all() for array in self.network.get_weights()):
             raise NotFinite("a weight is", self.state.step)
-        run.log.flush()  # first: a resumed run cuts events, but cannot restore lost ones
-        self.checkpoints.save(self.state, self._metadata_at(run.last_step))
+        context.log.flush()  # first: a resumed run cuts events, but cannot restore lost ones
+        self.checkpoints.save(self.state, self._metadata_at(context.last_step))
 
     def _resume(self, restart):
         """Restore the run that is in the folders, if there is one."""
@@ -282,7 +290,7 @@ class Trainer:
         if state:
             self.state, self.resumed_step = state, state.step
 
-    def _open_folders(self, texts):
+    def _open_folders(self):
         """Delete what came after the step to resume from; return the EventLog."""
         validation = self.validation is not None
         if not self.chief:
@@ -292,15 +300,11 @@ class Trainer:
         if validation:
             claim(self.folders.best, self.folders.checkpoint)
             self._open_best()
-        log = EventLog(self.folders.logs, self.state.step, validation)
-        if self.state.step == 0:
-            write_settings(self.folders.logs, self.metadata["shape"] | self.metadata["training"])
-            log.write_texts(texts)
-        return log
+        return EventLog(self.folders.logs, self.state.step, validation)
 
     def _open_best(self):
         """Prepare the folder of the best weights; if they are lost, the next ones are the best."""
-        if self.resumed_step is None:  # weights of an earlier run stay until there are better ones
+        if self.resumed_step is None:  # the first validation replaces weights of an earlier run
             self.best.prepare(max(saved_steps(self.folders.best), default=None))
             return
         step = self.best.newest_intact_step(self.report)
