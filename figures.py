@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from utils import atomic_path, to_uint8
 
@@ -65,6 +65,12 @@ def _rgb(images):
     """Return images (..., H, W, 1 or 3) as uint8 (..., H, W, 3)."""
     images = to_uint8(images)
     return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def _enlarge(tiles):
+    """Enlarge small tiles (..., H, W, C) by a whole number."""
+    scale = max(1, _TILE // max(tiles.shape[-3:-1]))
+    return tiles.repeat(scale, -3).repeat(scale, -2)
 
 
 def _save_png(path, pixels):
@@ -154,8 +160,7 @@ def _save_examples(path, title, note, tiles, captions, per_row, above=(), before
     Returns:
         The pixels, uint8 (H, W, 3).
     """
-    scale = max(1, _TILE // max(tiles.shape[-3:-1]))
-    tiles = _rgb(tiles).repeat(scale, -3).repeat(scale, -2)
+    tiles = _enlarge(_rgb(tiles))
     columns, height, width = tiles.shape[2:5]
     text_height = len(captions[0]) * _LINE
     examples = [_arrange(np.concatenate(rows), columns, _SEAM, _SEAM, color=255) for rows in tiles]
@@ -282,23 +287,44 @@ def save_multi(path, title, inputs, reconstructions, labels, predictions, class_
     return _save_examples(path, title, note, tiles, captions, 10, before=before)
 
 
-def save_predictions(path, images, reconstructions, captions):
-    """Draw the first 40 images beside their reconstructions.
+def save_predictions(path, originals, images, reconstructions, captions):
+    """Draw the first 40 files, each beside what the network gets and its reconstruction.
 
     Args:
         path: file to write, or None.
-        images: (N, H, W, C), N >= 1, as the network gets them.
+        originals: N arrays (h, w, 1 or 3) uint8 of any sizes, N >= 1.
+        images: (N, H, W, C), as the network gets them.
         reconstructions: (N, H, W, C).
-        captions: the lines of text of each image, as many for each.
+        captions: the lines of text of each file, as many for each.
 
     Returns:
         The pixels, uint8 (H, W, 3).
     """
     title = "Predictions for " + _counted(len(images), "image", 40)
-    note = "the image as the network gets it, and its reconstruction from the longest capsule"
-    tiles = np.stack([to_uint8(images[:40]), to_uint8(reconstructions[:40])], axis=1)[:, None]
+    note = (
+        "the file, the image as the network gets it, and its reconstruction from the longest "
+        "capsule"
+    )
+    pairs = [_enlarge(_rgb(part[:40])) for part in (images, reconstructions)]
+    fitted = [_fit_into_tile(original, *pairs[0].shape[1:3]) for original in originals[:40]]
+    tiles = np.stack([fitted, *pairs], axis=1)[:, None]
     captions = [[(line, _INK) for line in lines] for lines in captions[:40]]
-    return _save_examples(path, title, note, tiles, captions, 5)
+    return _save_examples(path, title, note, tiles, captions, 4)
+
+
+def _fit_into_tile(image, height, width):
+    """Fit an image of any size into the middle of a tile, uint8 (height, width, 3).
+
+    The tile is grey and has an edge of a pixel, for white paper on a white page.
+    """
+    # Pixels that are enlarged stay square.
+    method = Image.Resampling.LANCZOS
+    if image.shape[0] < height and image.shape[1] < width:
+        method = Image.Resampling.NEAREST
+    picture = Image.fromarray(np.ascontiguousarray(_rgb(image)))
+    tile = ImageOps.pad(picture, (width, height), method, color=_GREY)
+    ImageDraw.Draw(tile).rectangle((0, 0, width - 1, height - 1), outline=_GREY)
+    return np.asarray(tile)
 
 
 # ---------------------------------------------------------------- confusion matrix

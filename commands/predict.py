@@ -3,16 +3,29 @@
 import glob
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 import figures
+import ink
 import utils
 from errors import UserError
 from model import CHUNK_SIZE
 from runtime import say_written
 
 LIKELIEST = 3  # classes that are named for each file
+THUMBNAIL = 224  # pixels of the longer side of a file, as it is kept to be drawn
+
+
+class Picture(NamedTuple):
+    """An image file that was read."""
+
+    path: str
+    original: np.ndarray  # uint8 (h, w, 1 or 3), the file, reduced if it is large
+    image: np.ndarray  # uint8 (H, W, C), as the network gets it
+    done: str  # in words, what was done to the image
 
 
 def matching_files(pattern):
@@ -45,13 +58,13 @@ def predict(session):
     """
     paths = matching_files(session.flags.predict)
     names = session.dataset.class_names
-    files, images, failed = read_images(session, paths)
+    pictures, failed = read_images(session, paths)
     rows, captions, reconstructions = [], [], []
-    for start in range(0, len(files), CHUNK_SIZE):
-        lengths, decoded = classify(session.network, images[start : start + CHUNK_SIZE])
+    for start in range(0, len(pictures), CHUNK_SIZE):
+        chunk = pictures[start : start + CHUNK_SIZE]
+        lengths, decoded = classify(session.network, [picture.image for picture in chunk])
         reconstructions.extend(decoded)
-        chunk = files[start : start + CHUNK_SIZE]
-        for (path, done), scores in zip(chunk, lengths, strict=True):
+        for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
             best = [(names[k], float(scores[k])) for k in np.argsort(-scores)[:LIKELIEST]]
             print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
             rows.append([path, done, *(cell for pair in best for cell in pair)])
@@ -62,7 +75,8 @@ def predict(session):
         header = [f"{column}_{n}" for n in numbers for column in ("class", "length")]
         utils.write_csv(folder / "predictions.csv", ["file", "done", *header], rows)
         sheet = folder / "predictions.png"
-        figures.save_predictions(sheet, images, reconstructions, captions)
+        originals, images = zip(*((p.original, p.image) for p in pictures), strict=True)
+        figures.save_predictions(sheet, originals, images, reconstructions, captions)
         say_written([folder / "predictions.csv", sheet])
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
@@ -72,23 +86,59 @@ def read_images(session, paths):
     """Read image files and make them look like the training images.
 
     Returns:
-        (path, what was done to the image) of each file that can be read, their images (uint8), and
-        the errors of the others.
+        The Pictures of the files that can be read, and the errors of the others.
     """
     shape = session.test_data.canvas_shape()
+    style = ink.measure_style(session.train_data.images)
     ground = training_ground(session.train_data.images) if shape[-1] == 1 else None
-    files, images, failed = [], [], []
+    pictures, failed = [], []
     for path in paths:
         try:
-            image = utils.read_image(path)
+            original = utils.read_image(path)
         except UserError as error:
             failed.append(str(error))
             continue
-        inverted = ground is not None and ground != ground_of(image)
-        image, done = utils.fit_image(image, shape, inverted)
-        files.append((path, done))
-        images.append(image)
-    return files, images, failed
+        image, done = place_ink(original, style, shape) if style else (None, None)
+        if image is None:  # photographs, or a page without ink
+            inverted = ground is not None and ground != ground_of(original)
+            image, done = utils.fit_image(original, shape, inverted)
+        pictures.append(Picture(path, thumbnail(original), image, done))
+    return pictures, failed
+
+
+def place_ink(image, style, shape):
+    """Take the ink of an image off its paper, and place it as the training images have it.
+
+    An image that has its ink there already is left as it is, or only inverted.
+
+    Args:
+        image: uint8 (h, w, 1 or 3).
+        style: ink.InkStyle of the training images.
+        shape: (H, W, 1) of the result.
+
+    Returns:
+        uint8 (H, W, 1), and in words what was done; (None, None) if there is no ink.
+    """
+    if image.shape == tuple(shape):
+        for alike, done in (image, "as it was"), (255 - image, "inverted"):
+            if ink.follows(alike, style):
+                return alike, done
+    isolated = ink.isolate(image)
+    if isolated is None:
+        return None, None
+    (height, width), paper = isolated.size, "dark" if isolated.light else "light"
+    done = (
+        f"ink of {width}×{height} pixels taken off {paper} paper of "
+        f"{image.shape[1]}×{image.shape[0]}, scaled and centred"
+    )
+    return ink.place(isolated.strokes, style, shape), done
+
+
+def thumbnail(image):
+    """Return an image, uint8 (h, w, 1 or 3), reduced if it is large."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
 def ground_of(image):

@@ -2,6 +2,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from story import FAST, assert_refused, decode, make_session, run, save_checkpoi
 
 import figures
 import main
+import utils
 from commands.predict import (
     caption,
     classify,
@@ -111,10 +113,12 @@ def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
     digit = few.x_test[0, ..., 0]
     image = 255 - digit if light_image else digit
     save(tmp_path / "digit.png", image)
-    files, images, failed = read_images(session, [tmp_path / "digit.png"])
+    (picture,), failed = read_images(session, [tmp_path / "digit.png"])
     inverted = light_training is not None and light_training != light_image
-    assert files == [(tmp_path / "digit.png", "inverted" if inverted else "as it was")]
-    np.testing.assert_array_equal(images[0][..., 0], 255 - image if inverted else image)
+    assert picture.path == tmp_path / "digit.png"
+    assert picture.done == ("inverted" if inverted else "as it was")
+    np.testing.assert_array_equal(picture.image[..., 0], 255 - image if inverted else image)
+    np.testing.assert_array_equal(picture.original[..., 0], image)
     assert failed == []
 
 
@@ -124,17 +128,79 @@ def test_colour_images_are_never_inverted(tmp_path, few):
     session.train_data = session.train_data._replace(images=dark)
     session.test_data = session.test_data._replace(images=dark)
     save(tmp_path / "light.png", np.full((28, 28, 3), (250, 240, 230), np.uint8))
-    ((_, done),), (image,), _ = read_images(session, [tmp_path / "light.png"])
-    assert done == "as it was" and image[0, 0].tolist() == [250, 240, 230]
+    (picture,), _ = read_images(session, [tmp_path / "light.png"])
+    assert picture.done == "as it was" and picture.image[0, 0].tolist() == [250, 240, 230]
 
 
-def test_a_large_colour_image_says_all_that_was_done_to_it(tmp_path, few):
-    grey = 255 - np.pad(few.x_test[4, ..., 0], ((0, 0), (28, 28))).repeat(3, 0).repeat(3, 1)
+def enlarged(digit, scale=3):
+    """Return a digit (28, 28) as dark ink on a light page that is three times as wide as high."""
+    return 255 - np.pad(digit, ((0, 0), (28, 28))).repeat(scale, 0).repeat(scale, 1)
+
+
+def test_the_ink_of_an_image_is_placed_as_the_training_images_have_it(tmp_path, few):
+    digit = few.x_test[4, ..., 0]
+    grey = enlarged(digit)
     save(tmp_path / "a.png", np.stack([grey, grey, grey // 2 + 127], -1))
-    ((_, done),), (image,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
-    assert done == "made grey, inverted, filled up at its edges, resized from 252×84"
-    assert image.shape == (28, 28, 1) and image.dtype == np.uint8
-    assert image[0].max() == 0 and image[14, 12:16].max() > 100  # light ink on a dark ground
+    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    words = re.fullmatch(
+        r"ink of (\d+)×(\d+) pixels taken off light paper of 252×84, scaled and centred",
+        picture.done,
+    )
+    height, width = (3 * np.count_nonzero((digit > 100).any(axis=axis)) for axis in (1, 0))
+    assert abs(int(words[1]) - width) <= 6 and abs(int(words[2]) - height) <= 6
+    assert picture.image.shape == (28, 28, 1) and picture.image.dtype == np.uint8
+    # It is where it came from: at any other place it differs more from the digit.
+    differences = {
+        (y, x): np.abs(np.roll(picture.image[..., 0] / 255, (y, x), (0, 1)) - digit / 255).mean()
+        for y in range(-3, 4)
+        for x in range(-3, 4)
+    }
+    assert min(differences, key=differences.get) == (0, 0) and differences[0, 0] < 0.05
+
+
+def test_ink_on_dark_paper_is_said_to_be_so(tmp_path, few):
+    save(tmp_path / "a.png", 255 - enlarged(few.x_test[4, ..., 0]))
+    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    assert "off dark paper of 252×84" in picture.done
+
+
+@pytest.mark.parametrize("kind", ["photographs", "clothes", "colours"])
+def test_an_image_is_fitted_as_a_whole_if_the_training_images_are_no_ink(tmp_path, few, kind):
+    stream = np.random.default_rng(0)
+    if kind == "photographs":
+        images = stream.integers(0, 256, (100, 28, 28, 1), np.uint8)
+    elif kind == "clothes":  # solid, and as large as the image
+        images = np.zeros((100, 28, 28, 1), np.uint8)
+        for image in images:
+            image[: stream.integers(20, 29), 4 : stream.integers(18, 25)] = 180
+    else:
+        images = few.x_train[:100].repeat(3, -1)
+    session = make_session(*FAST)
+    session.train_data = session.train_data._replace(images=images)
+    session.test_data = session.test_data._replace(images=images)
+    page = enlarged(few.x_test[4, ..., 0])
+    save(tmp_path / "a.png", page)
+    (picture,), _ = read_images(session, [tmp_path / "a.png"])
+    whole, words = utils.fit_image(page[..., None], images.shape[1:], kind == "clothes")
+    assert picture.done == words and "filled up at its edges, resized from 252×84" in words
+    np.testing.assert_array_equal(picture.image, whole)
+
+
+def test_a_page_without_ink_is_fitted_as_a_whole(tmp_path, few):
+    save(tmp_path / "a.png", np.full((60, 90), 230, np.uint8))
+    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    assert picture.done == "inverted, filled up at its edges, resized from 90×60"
+    assert (picture.image == 25).all()
+
+
+def test_a_large_file_is_kept_small_for_the_sheet(tmp_path, few):
+    page = np.full((600, 900, 3), (240, 230, 200), np.uint8)
+    page[200:400, 300:320] = (20, 40, 160)
+    save(tmp_path / "a.png", page)
+    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    height, width, channels = picture.original.shape
+    assert channels == 3 and width < 300 and abs(height / width - 2 / 3) < 0.01
+    assert picture.original[0, 0].tolist() == [240, 230, 200]
 
 
 def test_the_classes_of_images_are_those_of_the_network(few):
@@ -181,8 +247,11 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
         np.testing.assert_allclose(np.float64(row[3::2]), scores[best], atol=1e-5)
         said = ", ".join(f"{k}: {scores[k]:.3f}" for k in best)
         assert printed[number] == f"in/{number:02}.png ({done}): {said}"
-    path, shown, reconstructions, captions = drawn
+    path, originals, shown, reconstructions, captions = drawn
     assert str(path) == "out/predictions.png"
+    for original, image in zip(originals[:20], images[:20], strict=True):
+        np.testing.assert_array_equal(original, image)
+    np.testing.assert_array_equal(originals[20], 255 - images[20])
     np.testing.assert_array_equal(shown, images)
     of_longest = decode(network, capsules, lengths.argmax(axis=1))
     np.testing.assert_allclose(reconstructions, of_longest, atol=1e-4)
@@ -275,7 +344,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
 
 def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
-    files, images, failed = read_images(make_session(*FAST), [tmp_path / "a.png"])
-    assert (files, images) == ([], []) and len(failed) == 1 and "a.png" in failed[0]
+    pictures, failed = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    assert pictures == [] and len(failed) == 1 and "a.png" in failed[0]
     with pytest.raises(UserError, match="matches no file"):
         matching_files(str(tmp_path / "b.png"))

@@ -311,24 +311,61 @@ def test_multi_knows_pairs_in_any_order_and_colors_of_images(pages):
     assert lines == ["L:(Bag,", "Pullover)", "R:(Pullover,", "Bag)"]
 
 
-def test_predictions_are_pairs_below_their_captions(pages):
+def test_predictions_are_triples_below_their_captions(pages):
     images, reconstructions = noise(42), noise(42, seed=1)
+    originals = [np.full((9 + n, 50, 1), n, np.uint8) for n in range(42)]
     captions = [[f"{n}.png", f"{n % 10}: 0.9"] for n in range(42)]
     # The command collects lists.
-    figures.save_predictions(None, list(images), list(reconstructions / 255), captions)
+    figures.save_predictions(None, originals, list(images), list(reconstructions / 255), captions)
     (page,) = pages
-    assert page.title == "Predictions for 42 images, the first 40" and "as the network" in page.note
+    assert page.title == "Predictions for 42 images, the first 40"
+    assert page.note.startswith("the file, the image as the network gets it, and its recon")
     top, left = place(page.contents, images[0])
-    width = 2 * 112 + SEAM
+    left -= 112 + SEAM  # of the file, before it
+    width = 3 * 112 + 2 * SEAM
     for n in range(40):
-        y, x = top + n // 5 * (112 + 3 * LINE), left + n % 5 * (width + GAP)
-        assert places(page.contents, images[n]) == [(y, x)]
-        assert places(page.contents, reconstructions[n]) == [(y, x + 112 + SEAM)]
+        y, x = top + n // 4 * (112 + 3 * LINE), left + n % 4 * (width + GAP)
+        assert page.contents[y + 56, x + 56].tolist() == [n, n, n]
+        assert places(page.contents, images[n]) == [(y, x + 112 + SEAM)]
+        assert places(page.contents, reconstructions[n]) == [(y, x + 2 * (112 + SEAM))]
         assert lines_above(page, y, x, width, 2) == [(line, INK) for line in captions[n]]
     assert places(page.contents, images[40]) == []
     for count, title in ((40, "Predictions for 40 images"), (1, "Predictions for 1 image")):
-        figures.save_predictions(None, images[:count], reconstructions[:count], captions[:count])
+        parts = originals[:count], images[:count], reconstructions[:count], captions[:count]
+        figures.save_predictions(None, *parts)
         assert pages[-1].title == title
+
+
+@pytest.mark.parametrize("side", [28, 36])  # 36 is enlarged by 3
+def test_a_file_of_any_size_keeps_its_proportions_in_a_tile_as_large_as_the_others(pages, side):
+    tile = 112 // side * side
+    sizes = {(400, 100): (1, 0.25), (100, 400): (0.25, 1), (7, 7): (1, 1), (3, 6): (0.5, 1)}
+    for (height, width), (rows, columns) in sizes.items():
+        original = np.full((height, width, 3), (200, 30, 60), np.uint8)
+        image = np.zeros((1, side, side, 1), np.uint8)
+        figures.save_predictions(None, [original], image, image, [["a"]])
+        contents = pages[-1].contents
+        assert contents.shape == (LINE + tile, 3 * tile + 2 * SEAM, 3)
+        shown = contents[LINE:, :tile]
+        red = (shown == (200, 30, 60)).all(-1)
+        # Its edge of a pixel is grey.
+        expected = [min(round(tile * share), tile - 2) for share in (rows, columns)]
+        assert abs(red.any(axis=1).sum() - expected[0]) <= 1
+        assert abs(red.any(axis=0).sum() - expected[1]) <= 1
+        y, x = (np.flatnonzero(red.any(axis=axis)).mean() for axis in (1, 0))
+        assert abs(y - (tile - 1) / 2) <= 0.5 and abs(x - (tile - 1) / 2) <= 0.5
+        assert (shown[~red] == GREY).all()
+
+
+def test_a_small_file_is_enlarged_in_squares_and_keeps_its_colours(pages):
+    original = np.random.default_rng(2).integers(0, 256, (28, 28, 3), np.uint8)
+    figures.save_predictions(None, [original], noise(1), noise(1), [["a"]])
+    shown = pages[-1].contents[LINE:, :112]
+    for y, x in np.ndindex(28, 28):
+        square = shown[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        assert (square[1:3, 1:3] == original[y, x]).all()  # all but the edge of the tile
+        if 0 < y < 27 and 0 < x < 27:
+            assert (square == original[y, x]).all()
 
 
 # ---------------------------------------------------------------- confusion matrix
@@ -503,7 +540,7 @@ def draw_all(path, names):
     yield
     figures.save_multi(path, "Pairs", images, several, pairs, pairs, names)
     yield
-    figures.save_predictions(path, images, images, captions)
+    figures.save_predictions(path, images, images, images, captions)
     yield
     figures.save_confusion_matrix(path, matrix, names)
     yield

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "config", "download"},
     {"utils"},
-    {"runtime", "spectral", "figures", "input_pipeline"},
+    {"runtime", "spectral", "ink", "figures", "input_pipeline"},
     {"ops"},
     {"model"},
     {"training"},

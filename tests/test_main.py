@@ -675,8 +675,8 @@ def test_every_command_of_the_pages_is_one_that_is_accepted(monkeypatch):
 def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.split("[<>=~]", line)[0] for line in lines} >= {
-        *("tensorflow", "tensorboard", "numpy", "pillow", "matplotlib", "absl-py", "rich"),
-        *("filelock", "pytest"),
+        *("tensorflow", "tensorboard", "numpy", "scipy", "pillow", "matplotlib", "absl-py"),
+        *("rich", "filelock", "pytest"),
     }
 
 
