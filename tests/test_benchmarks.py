@@ -1,10 +1,13 @@
-"""The arithmetic of the benchmarks, and what their faults do; nothing is timed here."""
+"""The arithmetic of the benchmarks, what they time, and what their faults do, on tiny networks."""
 
+import functools
 import gzip
+import importlib.util
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +18,17 @@ import faulty_server
 import numpy as np
 import pytest
 import pytorch_baseline
+import scaling
 import scaling_out
 import speed
 import timing
 
+import config
 import download
+import errors
+import input_pipeline
 import results
+from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -322,3 +330,285 @@ def test_the_exit_code_tells_whether_anything_was_lost(monkeypatch, capsys):
     monkeypatch.setattr(faults, "bad_readings", trial("bad_readings", 1))
     assert faults.break_everything(flags) == 1
     assert "| mutated data files | 3 | 2 | 1 |" in capsys.readouterr().out
+
+
+# --- What is measured -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Let the benchmarks build a tiny network in place of the paper's."""
+    import model
+
+    sizes = {"n_conv": 4, "n_primary": 2, "primary_dim": 4, "digit_dim": 4, "decoder_units": (8,)}
+    network_config = config.NetworkConfig(**sizes)
+    monkeypatch.setattr(model, "CapsNet", functools.partial(model.CapsNet, **sizes))
+    monkeypatch.setattr(timing.config, "NetworkConfig", lambda: network_config)
+
+
+def test_the_literal_layer_routes_as_the_fast_one():
+    import ops
+
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(3, 7, 5)).astype(np.float32)
+    fast, literal = ops.DigitCapsules(4, 6), speed.literal_layer()(4, 6)
+    expected = fast(u)
+    literal.build(u.shape)
+    literal.W.assign(fast.W)
+    np.testing.assert_allclose(literal(u), expected, atol=1e-6)
+
+
+def test_every_call_that_is_timed_computes_what_its_name_says(tiny, monkeypatch):
+    import tensorflow as tf
+
+    compiled, function = [], tf.function
+    monkeypatch.setattr(
+        tf, "function", lambda *a, **k: compiled.append(k.get("jit_compile")) or function(*a, **k)
+    )
+    train, infer, alone = speed.make_calls(3)
+    assert compiled[-5:] == [True] * 5  # the stages: four layers and Adam
+    assert set(train) == set(infer) == {speed.LITERAL, speed.DIRECT, speed.DEFAULT}
+    for name in train:
+        margin, reconstruction, accuracy = train[name]()
+        assert margin > 0 and reconstruction > 0 and 0 <= accuracy <= 1
+        lengths = infer[name]()
+        assert lengths.shape == (3, 10) and (lengths > 0).all() and (lengths < 1).all()
+    shapes = {name: [g.shape.as_list() for g in call()] for name, call in alone.items() if call()}
+    assert shapes["conv1"] == [[9, 9, 1, 4], [4]]
+    assert shapes["primary capsules"] == [[9, 9, 4, 8], [8], [3, 20, 20, 4]]
+    assert shapes["digit capsules, routing"] == [[10, 72, 4, 4], [3, 72, 4]]
+    assert "decoder" in shapes and "Adam" in alone
+
+
+def test_inference_is_timed_on_the_shifted_digits_of_the_batch(tiny):
+    trainer = timing.make_trainer(timing.load_digits(3), 3, conv="direct", jit=False)
+    batch = timing.first_batch(trainer)
+    lengths = timing.make_inference(trainer.network, batch, jit=False)()
+    np.testing.assert_allclose(lengths, trainer.network.outputs(batch).lengths, atol=1e-6)
+
+
+def test_products_are_timed_without_and_with_the_compiler(monkeypatch):
+    import tensorflow as tf
+
+    compiled = []
+    monkeypatch.setattr(
+        tf, "function", lambda f, jit_compile, autograph: compiled.append(jit_compile) or f
+    )
+    monkeypatch.setattr(tf.random, "normal", lambda shape: tf.fill((2, 2), float(shape[0])))
+    peak = timing.GemmPeak()
+    assert compiled == [False, True] * 3
+    assert [mflop for mflop, _ in peak.products] == [
+        2e-6 * n**3 for n in (1024,) * 2 + (2048,) * 2 + (4096,) * 2
+    ]
+    assert [float(call()[0, 0]) for _, call in peak.products] == [
+        2 * n * n for n in (1024.0,) * 2 + (2048.0,) * 2 + (4096.0,) * 2
+    ]
+
+
+def test_digits_are_padded_to_larger_images_on_all_sides():
+    small, large = timing.load_digits(2), timing.load_digits(2, 36)
+    assert large.images.shape == (2, 36, 36, 1) and len(timing.load_digits().images) == 60_000
+    np.testing.assert_array_equal(large.images[:, 4:-4, 4:-4], small.images)
+    assert large.images.sum() == small.images.sum()
+
+
+def test_a_step_is_measured_with_memory_and_parameters(tiny):
+    import model
+
+    milliseconds, megabytes, parameters = scaling.measure(2, 28, 1)
+    assert milliseconds > 0 and 100 < megabytes < 50_000
+    assert parameters == model.CapsNet((28, 28, 1), 10).count_params()
+
+
+class InThisProcess:
+    """An executor that runs what it is given at once."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=lambda: function(*arguments))
+
+
+def test_the_table_of_sizes_has_a_row_for_each(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "new_process", InThisProcess)
+    monkeypatch.setattr(scaling, "measure", lambda batch, side, steps: (2.0 * batch, side, 5e6))
+    scaling.measure_all(SimpleNamespace(steps=3))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "| 16 | 28×28 | 5.0 M | 32 | 500 | 28 |"
+    sizes = [(int(line.split()[1]), line.split()[3]) for line in lines[4:] if line]
+    assert sizes == [*((n, "28×28") for n in (16, 32, 64, 128, 256)),
+                     (64, "36×36"), (64, "48×48"), (64, "64×64")]  # fmt: skip
+
+
+def test_one_replica_trains_as_the_trainer_does(tiny, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "set_logical_device_configuration", lambda *_: None)
+    data = timing.load_digits(8)
+    monkeypatch.setattr(timing, "load_digits", lambda: data)
+    result = scaling_out.train(1, 2, 4)
+    tf.keras.utils.set_random_seed(0)
+    trainer = timing.make_trainer(data, 4)
+    plan = data.training_plan(seed=0, epoch=0)
+    first, second = input_pipeline.batches(data, plan, 4)
+    with tf.GradientTape() as tape:
+        outputs = trainer.network.outputs(first)
+        terms = trainer.network.loss_terms(outputs)
+        loss = tf.reduce_mean(trainer.config.total_loss(terms))
+    gradients = tape.gradient(loss, [v.value for v in trainer.network.trainable_variables])
+    margin = float(tf.reduce_mean(terms["margin"]))
+    assert float(result["loss"][0]) == pytest.approx(margin, rel=1e-4)
+    for actual, expected in zip(result["gradients"].values(), gradients, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    for batch in (first, second):
+        trainer.train_step(batch)
+    for variable in trainer.network.trainable_variables:
+        np.testing.assert_allclose(result["weights"][variable.path], variable, atol=1e-4)
+    assert result["step"] > 0 and result["all-reduce"] > 0
+    variables = trainer.network.trainable_variables
+    strategy = tf.distribute.get_strategy()
+    assert scaling_out.all_reduce_alone(strategy, variables)() == len(variables)
+
+
+def test_replicas_are_trained_in_processes_of_their_own_and_compared(monkeypatch, capsys):
+    def train(replicas, steps, batch_size):
+        assert (steps, batch_size) == (5, 8)
+        gradients = {"a": np.array([1.0, replicas], np.float32)}
+        return {"step": 100.0 * replicas, "all-reduce": 10.0, "loss": np.array([1.0]),
+                "gradients": gradients, "weights": {"a": np.array([2.0])}}  # fmt: skip
+
+    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "new_process", InThisProcess)
+    monkeypatch.setattr(scaling_out, "train", train)
+    scaling_out.compare(SimpleNamespace(steps=5, batch_size=8))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a machine, batch 8, 5 steps"
+    assert lines[4].startswith("| 1 | 100 | 1.00 | 0 | 0% | 0.0 | 0 | 0 | 0 |")
+    assert lines[5].startswith("| 2 | 200 | 0.50 | 10 | 5% | 0.0 | 0.0e+00 | 1.0e+00 |")
+    assert lines[6].startswith("| 4 | 400 | 0.25 | 10 | 2% |")
+
+
+def test_without_pytorch_the_comparison_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.UserError, match="PyTorch is not installed.*pip install torch"):
+        pytorch_baseline.compare(SimpleNamespace(batch_size=1, rounds=1, steps=1))
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+def test_the_first_step_is_waited_for_and_no_longer():
+    for line in ("Epoch 1/2 step 1/30: 5 images/s\n", "Resuming from step 7 (checkpoint).\n"):
+        output = iter(["a\n", line, "later\n"])
+        assert faults.wait_for_first_step(SimpleNamespace(stdout=output)) == "a\n" + line
+        assert list(output) == ["later\n"]
+
+
+# A training that counts its starts and needs three of them: it ends, or waits to be killed.
+STAND_IN = """
+import pathlib, sys, time
+starts = pathlib.Path("starts")
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (number + 1))
+print("step 1/9" if number == 0 else "Resuming from step 3", flush=True)
+time.sleep(0 if number == 2 else 60)
+"""
+
+
+def test_a_training_is_started_again_until_it_ends(tmp_path, monkeypatch):
+    def start(folder, flags):
+        words = [sys.executable, "-c", STAND_IN]
+        return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(faults, "start", start)
+    kills = faults.train_with_kills(tmp_path / "a", [], random.Random(0), 0.05)
+    assert kills == 2 and (tmp_path / "a/starts").read_text() == "xxx"
+
+
+def test_runs_that_end_differently_are_counted(tmp_path, monkeypatch):
+    ends = iter([("same", 1.0), ("same", 1.0)])
+    monkeypatch.setattr(faults, "train_undisturbed", lambda folder, flags: next(ends))
+    monkeypatch.setattr(faults, "train_with_kills", lambda folder, *_: folder.mkdir() or 2)
+    fingerprints = iter(["same", "other", "same"])
+    monkeypatch.setattr(faults, "fingerprint", lambda folder: next(fingerprints))
+    assert faults.kills_in_training(tmp_path, random.Random(0), [], 5) == (6, 1)
+
+
+def test_fingerprints_are_equal_for_equal_states_and_events_only(tmp_path):
+    for name, steps in ("a", 1), ("b", 1), ("c", 2):
+        trainer = faults.small_trainer(tmp_path / name)
+        trainer.fit(steps / 4, save_steps=1)
+    hashes = {
+        name: faults.hash_checkpoint(tmp_path / name / "checkpoint") for name in ("a", "b", "c")
+    }
+    events = {name: faults.hash_events(tmp_path / name / "logs/train") for name in hashes}
+    assert len(set(hashes.values())) == len(hashes)  # the networks have other first weights
+    assert events["a"] != events["c"]
+    shutil.copytree(tmp_path / "a", tmp_path / "d")
+    assert faults.hash_checkpoint(tmp_path / "d/checkpoint") == hashes["a"]
+    assert faults.hash_events(tmp_path / "d/logs/train") == events["a"]
+
+
+def test_a_checkpoint_older_than_the_last_save_is_a_loss(tmp_path, monkeypatch):
+    """The stand-in for the killed process saves step 3 and says what the real one would."""
+
+    def checkpoints_of(folder):
+        trainer = faults.small_trainer(folder.parent / "small")
+        state = trainer.state
+        return Checkpoints(folder, trainer.network, trainer.optimizer, len(state.sums)), state
+
+    def save(said, sums):
+        def kill_while_saving(folder, dice):
+            checkpoints, state = checkpoints_of(folder)
+            state.step, state.sums = 3, np.full_like(state.sums, sums)
+            checkpoints.save(state, {"step": 3})
+            return said, 0.1
+
+        return kill_while_saving
+
+    monkeypatch.setattr(faults, "paper_checkpoints", checkpoints_of)
+    for number, (said, sums, lost) in enumerate([(3, 3, 0), (4, 3, 2), (3, 5, 2), (2, 3, 0)]):
+        monkeypatch.setattr(faults, "kill_while_saving", save(said, sums))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert faults.kills_in_saving(folder, random.Random(0), 2) == (2, lost)
+
+
+@pytest.mark.parametrize("kind", faults.DAMAGES)
+def test_a_training_resumes_from_a_damaged_checkpoint(kind, tmp_path):
+    assert faults.damaged_checkpoints(tmp_path, random.Random(1), kind, tries=1) == (1, 0)
+
+
+def test_a_training_that_is_not_resumed_from_an_intact_checkpoint_is_a_loss(tmp_path, monkeypatch):
+    def destroy(path, kind, dice):
+        for file in path.parent.glob("ckpt-*"):
+            file.write_bytes(b"")
+
+    monkeypatch.setattr(faults, "damage", destroy)
+    assert faults.damaged_checkpoints(tmp_path, random.Random(0), "emptied", tries=1) == (1, 1)
+
+
+def test_the_data_file_that_is_mutated_is_a_valid_one(tmp_path, monkeypatch):
+    files = []
+
+    def keep(content, dice):
+        files.append(bytes(content))
+        return bytearray(content)
+
+    monkeypatch.setattr(faults, "mutate", keep)
+    faults.bad_readings(tmp_path, random.Random(0), 20)
+    for content in files:
+        labels = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        assert int.from_bytes(labels[4:8], "big") == len(labels) - 8 == 1992
+        assert labels[8:] == gzip.decompress(faulty_server.GOOD)[8:2000]
+
+
+def test_a_new_server_has_answered_nothing():
+    with faulty_server.serving() as server:
+        assert (server.paths, server.flooded, server.over.is_set()) == ([], 0, False)
+        assert server.url == f"http://127.0.0.1:{server.server_port}/"
