@@ -480,6 +480,10 @@ def test_tiles_are_enlarged_to_about_112_pixels_whatever_their_size_and_channels
         figures.save_tweak_overview(None, images, (0, 1), "x")
         assert place(pages[-1].contents, images[0, 0], scale) == (0, 0)
         assert place(pages[-1].contents, images[0, 1], scale) == (0, size * scale + SEAM)
+    for shape in (28, 14), (14, 28):  # the longer side decides
+        images = np.random.default_rng(0).integers(0, 256, (1, 1, *shape, 3), np.uint8)
+        figures.save_tweak_overview(None, images, (0,), "x")
+        assert place(pages[-1].contents, images[0, 0], 4) == (0, 0)
 
 
 def test_a_sweep_moves_every_dimension_of_every_digit_to_and_fro(tmp_path, pages):
