@@ -135,7 +135,10 @@ def same(one, other):
 
 
 def events(folder):
-    """What TensorBoard reads: {(run, tag): [(step, value)]}; a repeated step appears twice."""
+    """What TensorBoard reads: {(run, tag): [(step, value)]}; a repeated step appears twice.
+
+    Sorted by step: files of one second are read in the order of their names, where 10 precedes 9.
+    """
     values = {}
     for run in sorted(path for path in folder.iterdir() if path.is_dir()):
         reader = EventAccumulator(str(run), size_guidance={"tensors": 0}, purge_orphaned_data=False)
@@ -143,7 +146,7 @@ def events(folder):
         for tag in reader.Tags()["tensors"]:
             values[run.name, tag] = [
                 (event.step, tensor_util.make_ndarray(event.tensor_proto).tolist())
-                for event in reader.Tensors(tag)
+                for event in sorted(reader.Tensors(tag), key=lambda event: event.step)
             ]
     return values
 
