@@ -31,12 +31,14 @@ class Picture(NamedTuple):
 def matching_files(pattern):
     """Return the files that a pattern matches, sorted.
 
+    If it matches none, brackets in it are taken as they are: they may be part of a name.
+
     Raises:
         UserError: there is none.
     """
     path = os.path.expanduser(pattern)
-    paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-    files = [path for path in paths if os.path.isfile(path)]
+    files = [path] if os.path.isfile(path) else _files_like(path)
+    files = files or _files_like(path.replace("[", "[[]"))
     if os.path.isdir(path):
         raise UserError(
             f"--predict={pattern} is a folder, expected image files; give a quoted pattern, "
@@ -48,6 +50,10 @@ def matching_files(pattern):
             "pattern, and ** stands for folders in folders"
         )
     return files
+
+
+def _files_like(pattern):
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
 def predict(session):

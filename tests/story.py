@@ -49,7 +49,9 @@ class Result(NamedTuple):
 
 
 def run(folder, *words):
-    """Run a command line in a folder."""
+    """Run a command line in a folder. The last value of a flag counts, which eases overriding."""
+    words = {str(word).removeprefix("--no").lstrip("-").split("=")[0]: word for word in words}
+    words = words.values()
     out, err = io.StringIO(), io.StringIO()
     before = os.getcwd()
     os.chdir(folder)

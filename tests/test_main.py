@@ -35,7 +35,7 @@ import results
 import runtime
 import training.distribution
 import utils
-from training.folders import claim, folder_lock
+from training.folders import claim, run_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
 
@@ -482,7 +482,7 @@ def unfinished_run(folder, patch):
 
 
 def training_elsewhere(folder, patch):
-    lock = folder_lock(folder / "checkpoint/mnist")
+    lock = run_lock([folder / "checkpoint/mnist"], print)
     lock.__enter__()
     patch.setattr(Story, "lock", lock, raising=False)  # held until the test ends
 
@@ -676,7 +676,7 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.split("[<>=~]", line)[0] for line in lines} >= {
         *("tensorflow", "tensorboard", "numpy", "scipy", "pillow", "matplotlib", "absl-py"),
-        *("rich", "filelock", "pytest"),
+        *("rich", "pytest"),
     }
 
 
