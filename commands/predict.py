@@ -64,6 +64,7 @@ def predict(session):
     """
     paths = matching_files(session.flags.predict)
     names = session.dataset.class_names
+    drawn = figures.drawable_names(names)
     pictures, failed = read_images(session, paths)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
@@ -71,10 +72,11 @@ def predict(session):
         lengths, decoded = classify(session.network, [picture.image for picture in chunk])
         reconstructions.extend(decoded)
         for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
-            best = [(names[k], float(scores[k])) for k in np.argsort(-scores)[:LIKELIEST]]
+            likeliest = np.argsort(-scores)[:LIKELIEST]
+            best = [(names[k], float(scores[k])) for k in likeliest]
             print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
             rows.append([path, done, *(cell for pair in best for cell in pair)])
-            captions.append(caption(path, best, names))
+            captions.append(caption(path, [(drawn[k], scores[k]) for k in likeliest], drawn))
     if rows:
         folder = Path(session.flags.sample_dir)
         numbers = range(1, 1 + min(LIKELIEST, len(names)))
