@@ -33,8 +33,10 @@ import commands.train
 import figures
 import main
 import model
+import runtime
 import utils
 from commands.train import (
+    announce,
     describe,
     draw_examples,
     draw_learning_curves,
@@ -208,11 +210,38 @@ def test_the_memory_is_that_of_a_batch_on_one_device_and_all_copies_of_the_data(
     monkeypatch.setattr(
         model, "memory_needed", lambda sizes, *rest: asked.append(rest) or 12_340_000_000
     )
+    monkeypatch.setattr(runtime, "memory_size", lambda: 12_350_000_000)
     for words in ["--train_size=300"], ["--train_size=300", "--validation_check"]:
         lines = describe(make_session(*FAST, *words, "--batch_size=40"))
         assert lines[-1].endswith("training takes about 12.3 GB of memory")
     assert asked == [(40, 300 * 28 * 28), (40, 2 * 300 * 28 * 28)]
     assert lines[-1].startswith("250 training images of") and "7 steps an epoch" in lines[-1]
+
+
+@pytest.mark.parametrize("gigabytes, words", [(2.5, "--batch_size="), (1.0, "a smaller network")])
+def test_a_training_that_does_not_fit_is_announced_with_what_would(
+    few, monkeypatch, gigabytes, words
+):
+    session = make_session(*FAST, "--batch_size=100000")
+    monkeypatch.setattr(runtime, "memory_size", lambda: int(1e9 * gigabytes))
+    line = describe(session)[-1]
+    assert f"more than the {gigabytes} GB of this machine" in line and words in line
+    if match := re.search("--batch_size=([0-9]+) fits", line):
+        smaller = describe(make_session(*FAST, match[0].split()[0]))
+        assert "takes about 2.5 GB" in smaller[-1]
+        next_size = describe(make_session(*FAST, f"--batch_size={int(match[1]) + 1}"))
+        assert "more than" in next_size[-1]
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)  # which has memory of its own
+    assert "more than" not in describe(session)[-1]
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    monkeypatch.setattr(runtime, "memory_size", lambda: None)
+    assert "more than" not in describe(session)[-1]
+
+
+def test_the_device_is_printed_before_the_network(few, capsys):
+    announce(make_session(*FAST))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == runtime.describe_device() and lines[1].startswith("CapsNet")
 
 
 EXPECTED_METADATA = {
