@@ -22,6 +22,7 @@ from story import (
     ROOT,
     SMALL,
     assert_refused,
+    last_values,
     load_all,
     make_session,
     run,
@@ -61,15 +62,16 @@ def test_training_describes_the_network_and_names_the_next_command(story):
     _, out, err = story.results["deformed"]
     assert err == "" and "Trained to step 15 in " in out and "checkpoint/mnist" in out
     head = [
+        " ".join(runtime.describe_device().split()),
         "CapsNet output 1,383,984 parameters",
         "conv1 20 × 20 × 8 656",
         "primary capsules 72 × 8 10,384",
         "digit capsules 10 × 4 23,040",
         "decoder 28 × 28 × 1 1,349,904",
         "300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch; "
-        "training takes about 0.9 GB of memory",
+        "training takes about 1.2 GB of memory",
     ]
-    assert [" ".join(line.split()) for line in out.splitlines()[:6]] == head
+    assert [" ".join(line.split()) for line in out.splitlines()[:7]] == head
     assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
     saved = {
         f"checkpoint/mnist/{name}"
@@ -88,7 +90,7 @@ def test_training_describes_the_network_and_names_the_next_command(story):
 
 def test_the_same_command_again_says_the_run_is_finished_and_how_to_train_longer(story):
     _, out, err = story.results["same again"]
-    assert out.count("\n") == 7 and err == ""
+    assert out.count("\n") == 8 and err == ""
     assert "This run is finished: 1 epoch in" in out and "--epoch=11" in out and "--restart" in out
     assert story.files["same again"] == story.files["deformed"]
 
@@ -343,7 +345,7 @@ def test_fit_gets_the_epochs_and_steps_that_the_flags_give(tmp_path, few, monkey
         ["--train", *SMALL, "--epoch=7", "--save_steps=33"],
         ["--train", *SMALL, "--restart", "--logdir=a folder"],
     ):
-        monkeypatch.setattr(Trainer, "words", words, raising=False)
+        monkeypatch.setattr(Trainer, "words", last_values(words), raising=False)
         assert run(tmp_path, *words).code == 0
     assert calls == [(7, 33, False), (1, 500, True)]
 
@@ -572,7 +574,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_unfinished_run_needs_the_same_f
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_resumes(tmp_path, few):
-    command = ["--train", *SMALL, "--epoch=4"]
+    command = last_values(["--train", *SMALL, "--epoch=4"])
     child = subprocess.Popen(
         [sys.executable, ROOT / "main.py", *command, "--deterministic"],
         cwd=tmp_path,
