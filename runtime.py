@@ -227,11 +227,14 @@ def escape_what_streams_lack():
 
 
 def _escape_unprintable(error):
-    """Encode the bytes of odd file names as they are; escape characters that the encoding lacks."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeEncodeError:
-        return codecs.backslashreplace_errors(error)
+    """Encode the bytes of odd file names as they are; escape characters that the encoding lacks.
+
+    An error may be about several characters, of both kinds. Only the first is dealt with.
+    """
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte, see os.fsdecode
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return character.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 class Display:
