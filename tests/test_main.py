@@ -253,9 +253,6 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
         (["--train", "--dataset="], "--dataset is empty"),
         (["--train", "--export="], "--export is empty"),
         (["--train", "--predict="], "--predict is empty"),
-        (["--predict=a", "--predict=b"], "--predict is given 2 times"),
-        (["--train", "--epoch=1", "--seed=2", "--epoch=1"], "--epoch is given 2 times"),
-        (["--train", "--train", "--notrain"], "--train is given 3 times"),
         (["--train", f"--logdir={os.fsdecode(b'x' + bytes([255]))}"], "is not in UTF-8"),
         (["--train", f"--export={os.fsdecode(b'x' + bytes([255]))}"], "is not in UTF-8"),
         (["--train", "--conv=fft"], "dft"),
@@ -503,7 +500,20 @@ def test_classes_may_have_any_name_whatever_the_encoding_of_the_terminal(tmp_pat
     out.flush()
     assert code == 0
     assert b"\nAccuracy per class: \\u732b " in out.buffer.getvalue()
-    assert "\\xff\\n, 猫" in (tmp_path / "e/README.md").read_text("utf-8")
+    assert "猫, \\xff\\n" in (tmp_path / "e/README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--predict=a", "--predict=b"], "--predict is given 2 times"),
+        (["--train", "--epoch=1", "--seed=2", "--epoch=1"], "--epoch is given 2 times"),
+        (["--train", "--train", "--notrain"], "--train is given 3 times"),
+    ],
+)
+def test_a_flag_that_is_given_more_than_once_is_refused(capsys, words, problem):
+    assert main.main(["main.py", *words]) == 2
+    assert capsys.readouterr().err == f"main.py: {problem}, expected once, with one value\n"
 
 
 def test_the_home_folder_is_written_as_a_tilde_in_every_path(tmp_path, monkeypatch):
