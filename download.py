@@ -288,13 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mirror", metavar="URL", help="http(s) folder to try first")
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="default: data")
     args = parser.parse_args(argv)
+    folder = os.path.expanduser(args.data_dir)
     if not args.names:
         parser.exit(2, parser.format_usage())
     try:
         for name in args.names:
             _mirrors(name, args.mirror)
         for name in args.names:
-            fetch(name, args.data_dir, args.mirror, lambda line: print(line, flush=True))
+            fetch(name, folder, args.mirror, lambda line: print(line, flush=True))
     except ValueError as error:
         parser.error(str(error))
     except DownloadError as error:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from utils import atomic_path, to_uint8
+from utils import atomic_path, printable, to_uint8
 
 LINE_COLORS = "#20639b", "#c0392b"
 
@@ -100,17 +100,42 @@ class _Text(NamedTuple):
         return self.x + left, self.y - _LINE / 2, self.x + right, self.y + _LINE / 2
 
 
-@functools.cache
-def _font(points, bold):
+def _font_file(bold):
     import matplotlib  # for its DejaVu Sans
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    file = Path(matplotlib.get_data_path(), "fonts/ttf", name)
-    return ImageFont.truetype(file, round(points * _DPI / 72))
+    return Path(matplotlib.get_data_path(), "fonts/ttf", name)
+
+
+@functools.cache
+def _font(points, bold):
+    return ImageFont.truetype(_font_file(bold), round(points * _DPI / 72))
+
+
+@functools.cache
+def _characters():
+    """Return the numbers of the characters that the font can draw, also in bold."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset.intersection(
+        *(frozenset(FT2Font(str(_font_file(bold))).get_charmap()) for bold in (False, True))
+    )
+
+
+def drawable_names(class_names):
+    """Return the names of classes as pictures show them.
+
+    A name with a character that the font lacks is replaced by the number of its class, as "#3".
+    """
+    return tuple(
+        name if _characters().issuperset(map(ord, name)) else f"#{number}"
+        for number, name in enumerate(class_names)
+    )
 
 
 def _fit(x, y, text, width=math.inf, points=7, bold=False, color=_INK, anchor="mm"):
     """Return a _Text at most `width` pixels wide: a longer one is set smaller, then cut."""
+    text = printable(text)  # file names may have any bytes
     while points > 5 and _font(points, bold).getlength(text) > width:
         points -= 0.5
     while len(text) > 1 and _font(points, bold).getlength(text) > width:

@@ -11,7 +11,6 @@ Examples:
   tensorboard --logdir=./logs                                    curves and pictures
 """
 
-import codecs
 import contextlib
 import os
 import shlex
@@ -124,6 +123,8 @@ FLAGS = {
 ROWS = [row for rows in FLAGS.values() for row in rows]
 EMPTY = {"predict": "PATTERN", "export": "DIR"}  # what --help shows for flags that are empty
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
+WRITTEN = ["export", *(name for name, *_ in FLAGS["Folders"])]
+PATHS = ["dataset", "data_dir", "predict", *WRITTEN]
 
 _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
 # Which flag helps, by the type of the error; the other errors say it themselves.
@@ -148,6 +149,8 @@ def advice(error):
         if error.dataset is None:
             return "put a good copy in its place"
         return f"run: python download.py {error.dataset}"
+    if runtime.is_out_of_memory(error):
+        return ADVICE[MemoryError]
     kinds = (kind for kind in type(error).__mro__ if kind in ADVICE)
     return ADVICE.get(next(kinds, None), "")
 
@@ -196,6 +199,9 @@ def parse(argv):
         raise UsageError(" ".join(str(error).split()) + "; see --help") from None
     if stray:
         refuse_stray_word(stray[0], values.predict)
+    refuse_repeats(values)
+    for name in PATHS:
+        setattr(values, name, os.path.expanduser(getattr(values, name)))
     check_values(values)
     fill_in(values)
     check_combinations(values)
@@ -215,6 +221,15 @@ def refuse_stray_word(word, pattern):
     )
 
 
+def refuse_repeats(values):
+    """Raise UsageError for a flag that is given more than once: all but the last are ignored."""
+    for name in values:
+        if values[name].present > 1:
+            raise UsageError(
+                f"--{name} is given {values[name].present} times, expected once, with one value"
+            )
+
+
 def check_values(values):
     """Raise UsageError if a number is out of bounds or a name is empty."""
     for name, default, bounds, _ in ROWS:
@@ -224,15 +239,29 @@ def check_values(values):
             raise UsageError(
                 f"--{name}={value} is out of bounds, expected {bounds[0]:g} to {bounds[1]:g}"
             )
-        if isinstance(default, str) and default and not value:
+        if isinstance(default, str) and not value and (default or values[name].present):
             raise UsageError(f"--{name} is empty, expected a name")
+        if name in WRITTEN and not is_utf8(value):
+            raise UsageError(
+                f"--{name}={value} is not in UTF-8, expected a name that is: TensorFlow cannot "
+                "write to others"
+            )
     dataset = values.dataset
-    files = dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(dataset))
+    files = dataset.endswith(".npz") or os.path.isdir(dataset)
     if dataset not in utils.CLASS_NAMES and not files:
         raise UsageError(
             f"--dataset={dataset} is unknown, expected one of {', '.join(utils.CLASS_NAMES)}, a "
             ".npz file, or a folder with train/CLASS/* and test/CLASS/*"
         )
+
+
+def is_utf8(name):
+    """Tell whether the name of a file is in UTF-8. Python keeps other bytes as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fill_in(values):
@@ -275,19 +304,9 @@ def check_combinations(values):
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
 
 
-def escape_unprintable(error):
-    """Print the bytes of odd file names as they are; escape characters that the terminal lacks."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeEncodeError:
-        return codecs.backslashreplace_errors(error)
-
-
 def main(argv):
     """Run the command line (argv[0] is the program) and return its exit code."""
-    if hasattr(sys.stdout, "reconfigure"):
-        codecs.register_error("escape_unprintable", escape_unprintable)
-        sys.stdout.reconfigure(errors="escape_unprintable")
+    runtime.escape_what_streams_lack()
     try:
         if any(word in ("--help", "-help", "-h") for word in argv[1:]):
             print(help_text(), flush=True)
@@ -357,7 +376,7 @@ def dispatch(values, argv, modes):
     session = Session(values, argv)
     with contextlib.ExitStack() as stack:
         if not session.chief:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         if values.train:
             train(session, MODES[1:])

@@ -213,8 +213,12 @@ class Convolution(keras.layers.Layer):
         )
 
     def spectrum(self):
-        """Transform the kernel once for many calls, or return None if `call` needs no spectrum."""
-        if self.algorithm != "dft":
+        """Transform the kernel once for many calls, or return None if `call` needs no spectrum.
+
+        Under a mixed policy `call` transforms the kernel itself: Keras would round a spectrum, as
+        it rounds all arguments, and spectra lose digits already.
+        """
+        if self.algorithm != "dft" or self.compute_dtype != "float32":
             return None
         return kernel_spectrum(tf.convert_to_tensor(self.kernel), self.plan)
 
@@ -353,7 +357,8 @@ class DigitCapsules(keras.layers.Layer):
 
         if not chunk_size or not u.shape[0] or u.shape[0] % chunk_size:
             return route(u)
-        v = tf.map_fn(route, tf.reshape(u, (-1, chunk_size, *u.shape[1:])))
+        chunks = tf.reshape(u, (-1, chunk_size, *u.shape[1:]))
+        v = tf.map_fn(route, chunks, fn_output_signature=tf.float32)
         return tf.reshape(v, (-1, *v.shape[2:]))
 
     def compute_output_shape(self, input_shape):

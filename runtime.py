@@ -1,5 +1,6 @@
 """Start TensorFlow, describe the machine, show progress, and turn errors into one line."""
 
+import codecs
 import contextlib
 import ctypes
 import datetime
@@ -19,6 +20,11 @@ from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 WORKERS_SECONDS = 600
+# Memory limits of a container, in both versions of Linux's control groups.
+CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 # --- TensorFlow -----------------------------------------------------------------------------------
@@ -26,6 +32,9 @@ WORKERS_SECONDS = 600
 
 def start_tensorflow(quiet="2"):
     """Set up the allocator, then import TensorFlow without its startup messages.
+
+    Keras computes with TensorFlow, whatever the environment and the user's keras.json say, and GPUs
+    take memory as they need it.
 
     Args:
         quiet: the least severe C++ messages to show, "2" for errors and "3" for fatal ones. A
@@ -36,11 +45,17 @@ def start_tensorflow(quiet="2"):
     """
     keep_big_buffers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)
     with silent_stderr():
-        import keras  # noqa: F401 - Keras writes startup messages too
+        import keras  # Keras writes startup messages too
         import tensorflow as tf
 
-        tf.config.list_physical_devices()
+        keras.config.set_floatx("float32")
+        keras.config.set_image_data_format("channels_last")
+        for gpu in tf.config.list_physical_devices("GPU"):
+            with contextlib.suppress(RuntimeError):  # TensorFlow was started before
+                tf.config.experimental.set_memory_growth(gpu, True)
         tf.get_logger().setLevel("ERROR")
     return tf
 
@@ -133,13 +148,38 @@ def processor():
 
 def machine():
     """Return the processor, its number of cores and the GPUs, in one line."""
+    return ", ".join([f"{processor()} ({os.cpu_count()} cores)", *(gpu_names() or ["no GPU"])])
+
+
+def gpu_names():
+    """Return the names of the GPUs that TensorFlow sees."""
     import tensorflow as tf
 
-    gpus = [
+    return [
         tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
         for gpu in tf.config.list_physical_devices("GPU")
     ]
-    return ", ".join([f"{processor()} ({os.cpu_count()} cores)", *(gpus or ["no GPU"])])
+
+
+def describe_device():
+    """Tell what a training runs on, and if there is a GPU that TensorFlow does not see."""
+    if gpus := gpu_names():
+        return f"Runs on {', '.join(gpus)}"
+    unused = ""
+    if Path("/proc/driver/nvidia/version").exists():
+        unused = "; for the GPU of this machine: pip install 'tensorflow[and-cuda]'"
+    return f"Runs on {processor()} ({os.cpu_count()} cores){unused}"
+
+
+def memory_size():
+    """Return the bytes of memory that this process may use, None if the system does not say."""
+    sizes = []
+    with contextlib.suppress(OSError, ValueError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", without a limit
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes, default=None)
 
 
 @functools.cache
@@ -178,6 +218,25 @@ def provenance():
 # --- Messages -------------------------------------------------------------------------------------
 
 
+def escape_what_streams_lack():
+    """Make both standard streams print any text, also where the terminal lacks a character."""
+    codecs.register_error("escape_unprintable", _escape_unprintable)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="escape_unprintable")
+
+
+def _escape_unprintable(error):
+    """Encode the bytes of odd file names as they are; escape characters that the encoding lacks.
+
+    An error may be about several characters, of both kinds. Only the first is dealt with.
+    """
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte, see os.fsdecode
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return character.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+
 class Display:
     """Progress of long work: a bar on a terminal, elsewhere a plain line every PLAIN_SECONDS."""
 
@@ -212,16 +271,16 @@ class Display:
 
     def show_step(self, progress):
         """Show the Progress of a training; the end of an epoch always gets a plain line."""
-        left = datetime.timedelta(seconds=round(progress.seconds_left))
+        speed = ""
+        if progress.images_per_second is not None:
+            left = datetime.timedelta(seconds=round(progress.seconds_left))
+            speed = f"{progress.images_per_second:.0f} images/s, {left} left, "
         head = f"Epoch {progress.epoch}/{progress.epochs} step {progress.step}/{progress.last_step}"
         losses = "".join(
             f"{name.replace('_', ' ')} loss {format_loss(value)}, "
             for name, value in progress.losses.items()
         )
-        text = (
-            f"{progress.images_per_second:.0f} images/s, {left} left, {losses}"
-            f"accuracy {100 * progress.accuracy:.2f}%"
-        )
+        text = f"{speed}{losses}accuracy {100 * progress.accuracy:.2f}%"
         end_of_epoch = progress.step * progress.epochs % progress.last_step == 0
         self._show(head, text, progress.step, progress.last_step, end_of_epoch)
 
@@ -261,12 +320,21 @@ def reason(error):
     return re.sub(r"{{.*?}}|\[Op:.*", "", " ".join(str(error).split())).strip()
 
 
+def is_out_of_memory(error):
+    """Tell whether an error of Python or TensorFlow says that memory is short."""
+    if isinstance(error, MemoryError):
+        return True
+    # TensorFlow raises the same type for a full disk.
+    words = re.search(r"\boom\b|out of memory|allocat", str(error), re.IGNORECASE)
+    return type(error).__name__ == "ResourceExhaustedError" and words is not None
+
+
 def describe_error(error, advice="", several_workers=False):
     """Describe an error that is no fault of the program in one line: what is wrong, what to do.
 
     Args:
         error: UserError, OSError, MemoryError or an error of TensorFlow.
-        advice: what the user can do, for a UserError or MemoryError.
+        advice: what the user can do, for a UserError or if memory is short.
         several_workers: whether several workers train together.
     """
     import tensorflow as tf
@@ -283,7 +351,7 @@ def describe_error(error, advice="", several_workers=False):
         place = f"{error.filename}: " if error.filename else ""
         problem = error.strerror or error
         return f"{place}{problem}; choose another folder, or make this one writable"
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return f"out of memory; {advice or 'try a smaller batch or network'}"
     if several_workers and isinstance(error, lost):
         return (

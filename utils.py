@@ -9,6 +9,7 @@ import os
 import secrets
 import struct
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from PIL import Image, ImageOps
 
 import config
 from errors import DataFileError, UserError
+
+CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of controls and ends of lines
 
 # --- Files ----------------------------------------------------------------------------------------
 
@@ -90,6 +93,12 @@ def random_stream(seed, epoch, purpose):
     triple = f"{int(seed)}/{int(epoch)}/{purpose}"
     key = hashlib.blake2b(triple.encode(), digest_size=16).digest()  # Philox has 128-bit keys
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+def printable(name):
+    """Return a name without control characters and bytes that are not UTF-8: these are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in CONTROL else c for c in text)
 
 
 def to_uint8(images):
@@ -267,7 +276,7 @@ def _read_npz(path):
             f"y_test up to {last}, expected two classes or more, numbered from 0 without "
             "gaps, and all of them in y_train; renumber them"
         )
-    return Dataset(path.stem, **arrays, class_names=tuple(map(str, trained)))
+    return Dataset(printable(path.stem), **arrays, class_names=tuple(map(str, trained)))
 
 
 def _load_arrays(path):
@@ -438,7 +447,8 @@ def _read_folders(folder):
         for images, _ in splits.values()
     ]
     labels = [labels for _, labels in splits.values()]
-    return Dataset(folder.resolve().name, stacks[0], labels[0], stacks[1], labels[1], tuple(names))
+    name, names = printable(folder.resolve().name), tuple(printable(name) for name in names)
+    return Dataset(name, stacks[0], labels[0], stacks[1], labels[1], names)
 
 
 def _image_files(folder, split, names):

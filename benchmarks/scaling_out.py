@@ -33,6 +33,7 @@ def train(replicas, steps, batch_size):
         dict: "step" and "all-reduce", milliseconds; "loss", array of the first losses; "gradients"
         and "weights", dicts of path to array, of the first step and after all steps.
     """
+    import keras
     import tensorflow as tf
 
     from input_pipeline import batches
@@ -42,7 +43,7 @@ def train(replicas, steps, batch_size):
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(cpu, devices)
     strategy = choose_strategy("one" if replicas == 1 else "mirrored")
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     data = timing.load_digits()
     trainer = timing.make_trainer(data, batch_size, strategy=strategy)
     result, seconds = {}, []

@@ -143,7 +143,7 @@ def save_misclassified(session, plan, evaluation):
         evaluation.labels[wrong, 0],
         evaluation.predictions[wrong, 0],
         evaluation.scores[wrong],
-        session.dataset.class_names,
+        figures.drawable_names(session.dataset.class_names),
     )
     return path
 
@@ -167,6 +167,6 @@ def save_multi_sheet(session, plan, evaluation):
         outputs.without_label,
         evaluation.labels[chosen],
         evaluation.predictions[chosen],
-        session.dataset.class_names,
+        figures.drawable_names(session.dataset.class_names),
     )
     return path

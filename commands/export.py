@@ -26,7 +26,7 @@ def export(session):
     """
     folder, result = Path(session.flags.export), None
     with contextlib.suppress(OSError, ValueError):
-        result = json.loads((session.folders.logs / "test.json").read_text())
+        result = json.loads((session.folders.logs / "test.json").read_text("utf-8"))
     metadata = session.metadata | {"seconds": training_seconds(session)}
     card = model_card(session, metadata, result)
     write_network(session.network, folder, metadata, card, session.test_data.digits_per_example)

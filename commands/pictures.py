@@ -41,7 +41,7 @@ def reconstruction_test(session):
         outputs.without_label,
         labels,
         outputs.predictions,
-        session.dataset.class_names,
+        figures.drawable_names(session.dataset.class_names),
     )
     session.show_picture("reconstructions", page)
     say_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
@@ -49,7 +49,8 @@ def reconstruction_test(session):
 
 def tweak_test(session):
     """Draw reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
-    names, folder = session.dataset.class_names, Path(session.flags.tweak_dir)
+    names = figures.drawable_names(session.dataset.class_names)
+    folder = Path(session.flags.tweak_dir)
     plan = session.test_data.evaluation_plan().take(slice(session.flags.tweak_num))
     outputs, _ = outputs_of(session, plan)
     longest = outputs.predictions[:, 0]

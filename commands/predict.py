@@ -31,12 +31,14 @@ class Picture(NamedTuple):
 def matching_files(pattern):
     """Return the files that a pattern matches, sorted.
 
+    If it matches none, brackets in it are taken as they are: they may be part of a name.
+
     Raises:
         UserError: there is none.
     """
     path = os.path.expanduser(pattern)
-    paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-    files = [path for path in paths if os.path.isfile(path)]
+    files = [path] if os.path.isfile(path) else _files_like(path)
+    files = files or _files_like(path.replace("[", "[[]"))
     if os.path.isdir(path):
         raise UserError(
             f"--predict={pattern} is a folder, expected image files; give a quoted pattern, "
@@ -50,6 +52,10 @@ def matching_files(pattern):
     return files
 
 
+def _files_like(pattern):
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
 def predict(session):
     """Print the likeliest classes of image files, and write a CSV file and a sheet of pictures.
 
@@ -58,6 +64,7 @@ def predict(session):
     """
     paths = matching_files(session.flags.predict)
     names = session.dataset.class_names
+    drawn = figures.drawable_names(names)
     pictures, failed = read_images(session, paths)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
@@ -65,10 +72,11 @@ def predict(session):
         lengths, decoded = classify(session.network, [picture.image for picture in chunk])
         reconstructions.extend(decoded)
         for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
-            best = [(names[k], float(scores[k])) for k in np.argsort(-scores)[:LIKELIEST]]
+            likeliest = np.argsort(-scores)[:LIKELIEST]
+            best = [(names[k], float(scores[k])) for k in likeliest]
             print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
             rows.append([path, done, *(cell for pair in best for cell in pair)])
-            captions.append(caption(path, best, names))
+            captions.append(caption(path, [(drawn[k], scores[k]) for k in likeliest], drawn))
     if rows:
         folder = Path(session.flags.sample_dir)
         numbers = range(1, 1 + min(LIKELIEST, len(names)))

@@ -5,6 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -98,7 +99,7 @@ class Session:
     @functools.cached_property
     def network(self):
         """Return the network, created at the first use; its weights depend on the seed alone."""
-        tf.keras.utils.set_random_seed(self.flags.seed)
+        keras.utils.set_random_seed(self.flags.seed)
         with self.strategy.scope():
             return CapsNet(
                 self.train_data.canvas_shape(),

@@ -11,6 +11,7 @@ import tensorflow as tf
 import config
 import figures
 import model
+import runtime
 import utils
 from input_pipeline import batches, split_validation
 from runtime import Display, plural, say_written
@@ -72,7 +73,7 @@ def announce(session):
             f"{flags.multi_shift} pixels."
         )
     if session.chief:
-        print("\n".join(describe(session)), flush=True)
+        print("\n".join([runtime.describe_device(), *describe(session)]), flush=True)
 
 
 def next_command(flags, modes):
@@ -95,7 +96,8 @@ def describe(session):
     """Describe what will be trained, before it takes memory and time.
 
     Returns:
-        Lines: the layers with their outputs and parameters, the data, the memory.
+        Lines: the layers with their outputs and parameters, the data, the memory, and a warning if
+        this machine has less.
 
     Raises:
         ImageTooSmall: two convolutions leave nothing of an image.
@@ -104,12 +106,9 @@ def describe(session):
     held_out = len(data.labels) // 6 if flags.validation_check else 0
     images = len(data.labels) - held_out
     sizes = model.layer_sizes(data.canvas_shape(), len(data.class_names), session.network_config)
-    copies = 2 if flags.validation_check else 1
-    memory = model.memory_needed(
-        sizes,
-        flags.batch_size / session.strategy.num_replicas_in_sync,
-        data.images.nbytes * copies,
-    )
+    data_bytes = data.images.nbytes * (2 if flags.validation_check else 1)
+    replicas = session.strategy.num_replicas_in_sync
+    memory = model.memory_needed(sizes, flags.batch_size / replicas, data_bytes)
     total = sum(count for *_, count in sizes)
     lines = [f"CapsNet                   output  {total:>12,} parameters"]
     for name, output, count in sizes:
@@ -121,6 +120,11 @@ def describe(session):
         f"of {flags.batch_size}, {math.ceil(images / flags.batch_size):,} steps an epoch; training "
         f"takes about {memory / 1e9:.1f} GB of memory"
     )
+    available = runtime.memory_size()
+    if available and memory > available and not runtime.has_gpu():
+        fits = replicas * model.batch_that_fits(sizes, available, data_bytes)
+        advice = f"at most --batch_size={fits} fits" if fits else "try a smaller network"
+        lines.append(f"That is more than the {available / 1e9:.1f} GB of this machine: {advice}.")
     return lines
 
 
@@ -177,7 +181,7 @@ def draw_examples(network, data):
     plan = data.evaluation_plan().take(slice(EXAMPLES))
     batch = next(iter(batches(data, plan, len(plan.index))))
     outputs = model.Outputs(*(value.numpy() for value in network.outputs(batch)))
-    names, first = data.class_names, outputs.predictions[:1, 0]
+    names, first = figures.drawable_names(data.class_names), outputs.predictions[:1, 0]
     reconstructions = figures.save_reconstructions(
         None,
         outputs.canvas,
@@ -203,7 +207,7 @@ def summarize(evaluation, data, path=None):
     names, labels = data.class_names, evaluation.labels
     if not data.overlap:
         matrix = figures.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
-        picture = figures.save_confusion_matrix(path, matrix, names)
+        picture = figures.save_confusion_matrix(path, matrix, figures.drawable_names(names))
         tf.summary.image("confusion matrix", np.asarray(picture)[None])
     for number, name in enumerate(names):
         present = (labels == number).any(axis=1)

@@ -75,7 +75,7 @@ def path_name(text):
     """Parse the name of a file or folder."""
     if not text:
         raise ValueError("expected a name")
-    return text
+    return os.path.expanduser(text)
 
 
 DATA_DIR = Flag("data_dir", str(runtime.ROOT / "data"), path_name, "folder of the data sets")
@@ -99,6 +99,9 @@ def parse(argv, definitions):
         raise UsageError(" ".join(str(error).split())) from None
     if stray:
         raise UsageError(f"stray word {stray[0]!r}, expected only flags: --flag=value")
+    repeated = next((flag.name for flag in definitions if values[flag.name].present > 1), None)
+    if repeated:
+        raise UsageError(f"--{repeated} is given more than once, expected one value")
     return values
 
 
@@ -122,9 +125,7 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         advice: dict of type of error to what the user can do; more than `advise` knows.
         starts_tensorflow: whether the function needs TensorFlow.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack some characters
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    runtime.escape_what_streams_lack()
     program = Path(argv[0]).name
     if any(word in ("--help", "-help", "-h") for word in argv[1:]):
         print(help_text(doc, definitions))
@@ -164,4 +165,5 @@ def advise(error, advice):
         return f"run: python download.py {error.dataset}"
     if isinstance(error, errors.FolderInUse):
         return "wait for it"
-    return advice.get(type(error), "")
+    kind = MemoryError if runtime.is_out_of_memory(error) else type(error)
+    return advice.get(kind, "")

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 import errors
 import runtime
@@ -67,7 +67,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     Raises:
         UserError, Interrupted: as `Trainer.fit`.
     """
-    tf.keras.utils.set_random_seed(training.seed)
+    keras.utils.set_random_seed(training.seed)
     network = make()
     settings = {
         "network": network.architecture,

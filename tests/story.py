@@ -48,8 +48,15 @@ class Result(NamedTuple):
     err: str
 
 
+def last_values(words):
+    """Return the words of a command line with the last value of each flag, which overrides it."""
+    flags = {str(word).removeprefix("--no").lstrip("-").split("=")[0]: str(word) for word in words}
+    return list(flags.values())
+
+
 def run(folder, *words):
-    """Run a command line in a folder."""
+    """Run a command line in a folder. See `last_values`."""
+    words = last_values(words)
     out, err = io.StringIO(), io.StringIO()
     before = os.getcwd()
     os.chdir(folder)
@@ -125,7 +132,7 @@ def make_session(*words, network=None, **training):
         network: CapsNet instead of the one that the flags give, or None.
         **training: settings of the run that are not the default ones.
     """
-    argv = ["main.py", *map(str, words)]
+    argv = ["main.py", *last_values(words)]
     session = Session(main.parse(argv), argv)
     if network is not None:
         session.network = network

@@ -132,13 +132,25 @@ def test_folders_may_have_any_characters_in_their_names(tmp_path, name):
     assert saved_steps(folder) == [6]
 
 
-def test_a_run_in_a_folder_with_brackets_in_its_name_is_resumed(tmp_path):
+@pytest.mark.parametrize("name", ["a[b]", "a[", "*", "?", "a\\b", "{a,b}"])
+def test_a_run_in_a_folder_whose_name_could_be_a_pattern_is_resumed(tmp_path, name):
     for epochs in (0.5, 7 / 6):
-        trainer = trainer_in(tmp_path / "a[b]")
+        trainer = trainer_in(tmp_path / name)
         trainer.fit(epochs, 500)
     assert trainer.resumed_step == 3
-    assert saved_steps(tmp_path / "a[b]" / "checkpoint") == [7, 6]
-    assert load_weights(network(), tmp_path / "a[b]" / "best", print)["step"] == 6
+    assert saved_steps(tmp_path / name / "checkpoint") == [7, 6]
+    assert load_weights(network(), tmp_path / name / "best", print)["step"] == 6
+
+
+def test_a_working_folder_may_have_any_name(tmp_path, monkeypatch):
+    """TensorFlow takes no path with bytes that are not UTF-8, but relative ones are enough."""
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    net = network()
+    make_checkpoints(Path("run"), net).save(RunState(6, np.zeros(4)), metadata_of(net))
+    assert (folder / "run" / "checkpoint").read_text().count('"ckpt-6"') == 2
+    assert load_weights(network(seed=5), Path("run"), print) == metadata_of(net)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_user_error_and_the_others_stay(

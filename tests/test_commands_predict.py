@@ -56,6 +56,11 @@ def test_a_pattern_names_files_in_their_order_and_not_folders(tmp_path, monkeypa
     assert matching_files("in/**/*.png") == [
         *("in/[x].png", "in/a.png", "in/b.png", "in/deep/c.png")
     ]
+    (tmp_path / "in[1]").mkdir()
+    for name in "ab":
+        (tmp_path / "in[1]" / f"{name}[2].png").write_text("")
+    assert matching_files("in[1]/*.png") == ["in[1]/a[2].png", "in[1]/b[2].png"]
+    assert matching_files("in/[ab].png") == ["in/a.png", "in/b.png"]  # a pattern before names
     monkeypatch.setenv("HOME", str(tmp_path))
     assert matching_files("~/in/a*") == [f"{tmp_path}/in/a.png"]
 

@@ -22,6 +22,7 @@ from story import (
     ROOT,
     SMALL,
     assert_refused,
+    last_values,
     load_all,
     make_session,
     run,
@@ -33,8 +34,10 @@ import commands.train
 import figures
 import main
 import model
+import runtime
 import utils
 from commands.train import (
+    announce,
     describe,
     draw_examples,
     draw_learning_curves,
@@ -59,15 +62,16 @@ def test_training_describes_the_network_and_names_the_next_command(story):
     _, out, err = story.results["deformed"]
     assert err == "" and "Trained to step 15 in " in out and "checkpoint/mnist" in out
     head = [
+        " ".join(runtime.describe_device().split()),
         "CapsNet output 1,383,984 parameters",
         "conv1 20 × 20 × 8 656",
         "primary capsules 72 × 8 10,384",
         "digit capsules 10 × 4 23,040",
         "decoder 28 × 28 × 1 1,349,904",
         "300 training images of 28×28×1, 10 classes; batches of 20, 15 steps an epoch; "
-        "training takes about 0.9 GB of memory",
+        "training takes about 1.2 GB of memory",
     ]
-    assert [" ".join(line.split()) for line in out.splitlines()[:6]] == head
+    assert [" ".join(line.split()) for line in out.splitlines()[:7]] == head
     assert re.search(r"Epoch 1/1 step 15/15: \d+ images/s, 0:00:00 left, margin loss 0\.\d+", out)
     saved = {
         f"checkpoint/mnist/{name}"
@@ -86,7 +90,7 @@ def test_training_describes_the_network_and_names_the_next_command(story):
 
 def test_the_same_command_again_says_the_run_is_finished_and_how_to_train_longer(story):
     _, out, err = story.results["same again"]
-    assert out.count("\n") == 7 and err == ""
+    assert out.count("\n") == 8 and err == ""
     assert "This run is finished: 1 epoch in" in out and "--epoch=11" in out and "--restart" in out
     assert story.files["same again"] == story.files["deformed"]
 
@@ -208,11 +212,38 @@ def test_the_memory_is_that_of_a_batch_on_one_device_and_all_copies_of_the_data(
     monkeypatch.setattr(
         model, "memory_needed", lambda sizes, *rest: asked.append(rest) or 12_340_000_000
     )
+    monkeypatch.setattr(runtime, "memory_size", lambda: 12_350_000_000)
     for words in ["--train_size=300"], ["--train_size=300", "--validation_check"]:
         lines = describe(make_session(*FAST, *words, "--batch_size=40"))
         assert lines[-1].endswith("training takes about 12.3 GB of memory")
     assert asked == [(40, 300 * 28 * 28), (40, 2 * 300 * 28 * 28)]
     assert lines[-1].startswith("250 training images of") and "7 steps an epoch" in lines[-1]
+
+
+@pytest.mark.parametrize("gigabytes, words", [(2.5, "--batch_size="), (1.0, "a smaller network")])
+def test_a_training_that_does_not_fit_is_announced_with_what_would(
+    few, monkeypatch, gigabytes, words
+):
+    session = make_session(*FAST, "--batch_size=100000")
+    monkeypatch.setattr(runtime, "memory_size", lambda: int(1e9 * gigabytes))
+    line = describe(session)[-1]
+    assert f"more than the {gigabytes} GB of this machine" in line and words in line
+    if match := re.search("--batch_size=([0-9]+) fits", line):
+        smaller = describe(make_session(*FAST, match[0].split()[0]))
+        assert "takes about 2.5 GB" in smaller[-1]
+        next_size = describe(make_session(*FAST, f"--batch_size={int(match[1]) + 1}"))
+        assert "more than" in next_size[-1]
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)  # which has memory of its own
+    assert "more than" not in describe(session)[-1]
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    monkeypatch.setattr(runtime, "memory_size", lambda: None)
+    assert "more than" not in describe(session)[-1]
+
+
+def test_the_device_is_printed_before_the_network(few, capsys):
+    announce(make_session(*FAST))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == runtime.describe_device() and lines[1].startswith("CapsNet")
 
 
 EXPECTED_METADATA = {
@@ -314,7 +345,7 @@ def test_fit_gets_the_epochs_and_steps_that_the_flags_give(tmp_path, few, monkey
         ["--train", *SMALL, "--epoch=7", "--save_steps=33"],
         ["--train", *SMALL, "--restart", "--logdir=a folder"],
     ):
-        monkeypatch.setattr(Trainer, "words", words, raising=False)
+        monkeypatch.setattr(Trainer, "words", last_values(words), raising=False)
         assert run(tmp_path, *words).code == 0
     assert calls == [(7, 33, False), (1, 500, True)]
 
@@ -543,7 +574,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_unfinished_run_needs_the_same_f
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_resumes(tmp_path, few):
-    command = ["--train", *SMALL, "--epoch=4"]
+    command = last_values(["--train", *SMALL, "--epoch=4"])
     child = subprocess.Popen(
         [sys.executable, ROOT / "main.py", *command, "--deterministic"],
         cwd=tmp_path,

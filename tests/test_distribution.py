@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from engine import SCALARS, blobs, events, folders_in, same, state, trainer_in
+from story import last_values
 
 import training.evaluation
 from config import TrainingConfig
@@ -316,8 +317,7 @@ class Workers:
                 subprocess.Popen(
                     [
                         *(sys.executable, ROOT / "main.py", "--strategy=multi_worker", data),
-                        *words,
-                        *more,
+                        *last_values([*words, *more]),
                     ],
                     cwd=folder,
                     text=True,

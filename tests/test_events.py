@@ -180,3 +180,12 @@ def test_a_kill_while_events_are_cut_loses_none_that_are_kept(tmp_path, monkeypa
     assert steps_in(path) == [1, 2, 3]
     cut_events(tmp_path, 2)
     assert steps_in(path) == [1, 2] and list(tmp_path.iterdir()) == [path]
+
+
+def test_texts_and_settings_may_have_the_bytes_of_odd_file_names(tmp_path):
+    odd = os.fsdecode(b"a\xff")
+    with EventLog(tmp_path) as log:
+        log.write_texts({"command": odd})
+    write_settings(tmp_path, {"dataset": odd, "class_names": [odd]})
+    text = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
+    assert text.count(b"a\\udcff") >= 2

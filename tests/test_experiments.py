@@ -8,6 +8,7 @@ from pathlib import Path
 import affine
 import cnn
 import command_line
+import keras
 import numpy as np
 import pytest
 import routing
@@ -33,7 +34,7 @@ RESULTS = ROOT / "results" / "experiments"
 
 @pytest.fixture(autouse=True)
 def seeded():
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="module")

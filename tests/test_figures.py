@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageColor
 
 import figures
+import utils
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -740,3 +741,22 @@ def test_figures_of_the_experiments_have_panels_of_a_common_style(tmp_path):
     pixels = figures.save_figure(tmp_path / "a.png", figure)
     assert pixels.shape == (560, 1800, 3) and pixels.dtype == np.uint8
     np.testing.assert_array_equal(read(tmp_path / "a.png"), pixels)
+
+
+def test_a_class_whose_name_the_font_lacks_is_drawn_by_its_number():
+    """A character that a font lacks is drawn as the box that U+FFFE, which is none, gets."""
+    names = ("cat", "猫", "Ünï-çødé жук", "a\N{SLOTH}b", "ω≤½")
+    assert figures.drawable_names(names) == ("cat", "#1", "Ünï-çødé жук", "#3", "ω≤½")
+    font = figures._font(7, True)
+    box = bytes(font.getmask("\ufffe"))
+    for name, shown in zip(names, figures.drawable_names(names), strict=True):
+        assert any(bytes(font.getmask(c)) == box for c in name) == (name != shown)
+
+
+def test_a_caption_with_the_bytes_of_an_odd_file_name_is_drawn():
+    tile = np.zeros((1, 1, 1, 28, 28, 1), np.uint8)
+    for name in (os.fsdecode(b"\xff\xfe.png"), "a\nb"):
+        shown = figures._save_examples(None, "a", "b", tile, [[(name, "#222222")]], 1)
+        escaped = utils.printable(name)
+        expected = figures._save_examples(None, "a", "b", tile, [[(escaped, "#222222")]], 1)
+        np.testing.assert_array_equal(shown, expected)

@@ -1,5 +1,8 @@
 """Locks, claims and archives of the folders of a run."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,30 +10,35 @@ from pathlib import Path
 import pytest
 from engine import Crash, folders_in
 
+import training.folders
 from errors import FolderInUse, FolderTaken
-from training.folders import archive_run, claim, folder_lock
+from training.folders import archive_run, claim, run_lock
 
 ROOT = Path(__file__).parent.parent
 
 
+def silent(text):
+    raise AssertionError(text)
+
+
 def test_a_locked_folder_is_refused_until_the_lock_is_released_also_by_an_error(tmp_path):
-    folder = tmp_path / "deep" / "run"
-    with pytest.raises(Crash), folder_lock(folder):
-        with pytest.raises(FolderInUse) as caught, folder_lock(folder):
+    folder, other = tmp_path / "deep" / "run", tmp_path / "deep" / "other"
+    with pytest.raises(Crash), run_lock([folder], silent):
+        with pytest.raises(FolderInUse) as caught, run_lock([other, folder], silent):
             raise AssertionError("locked twice")
-        with folder_lock(tmp_path / "deep" / "other"):
+        with run_lock([other], silent):  # the refused lock has left it free
             pass
         raise Crash
     assert caught.value.folder == folder and not folder.exists()
-    with folder_lock(folder):
+    with run_lock([folder, other], silent):
         pass
 
 
 HOLDER = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from training.folders import folder_lock
-with folder_lock(pathlib.Path(sys.argv[2])):
+from training.folders import run_lock
+with run_lock([pathlib.Path(sys.argv[2])], print):
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -43,13 +51,51 @@ def test_the_lock_of_another_process_holds_while_it_lives_and_ends_when_it_is_ki
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(FolderInUse), folder_lock(folder):
+        with pytest.raises(FolderInUse), run_lock([folder], silent):
             pass
     finally:
         holder.kill()
         holder.communicate()
-    with folder_lock(folder):
+    with run_lock([folder], silent):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_without_locks_the_run_goes_ahead_with_a_warning_and_leaves_none(
+    tmp_path, monkeypatch, number
+):
+    """What Lustre and NFS answer; only a lock that another process has keeps a run out."""
+
+    def flock(file, operation):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said, folders = [], [tmp_path / "first", tmp_path / "second"]
+    with run_lock(folders, said.append), run_lock(folders, said.append):
+        pass
+    assert len(said) == 2 and said[0] == said[1]
+    assert "no locks" in said[0] and str(folders[0]) in said[0] and str(folders[1]) in said[0]
+    monkeypatch.undo()
+    with run_lock(folders, silent):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_taken_keeps_the_run_out(tmp_path, monkeypatch, number):
+    def flock(file, operation):
+        raise OSError(number, "taken")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(FolderInUse), run_lock([tmp_path / "run"], silent):
+        pass
+
+
+def test_a_system_without_locks_trains_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.folders, "fcntl", None)
+    said = []
+    with run_lock([tmp_path / "run"], said.append):
+        pass
+    assert len(said) == 1
 
 
 def test_a_claimed_folder_is_refused_to_a_run_whose_checkpoints_are_elsewhere(tmp_path):
@@ -65,6 +111,18 @@ def test_a_claimed_folder_is_refused_to_a_run_whose_checkpoints_are_elsewhere(tm
     owner.rename(tmp_path / "gone")  # a run without checkpoints owns nothing
     claim(folder, other)
     assert (folder / "run").read_text() == "../../other\n"
+
+
+def test_a_claim_may_be_of_a_folder_with_any_name(tmp_path):
+    """The encoding of text files is not UTF-8 in every locale."""
+    owner = tmp_path / "猫"
+    owner.mkdir()
+    claim(tmp_path / "logs", owner)
+    assert (tmp_path / "logs" / "run").read_bytes() == "../猫\n".encode()
+    with pytest.raises(FolderTaken):
+        claim(tmp_path / "logs", tmp_path / "other")
+    claim(tmp_path / "odd", tmp_path / os.fsdecode(b"\xff"))
+    assert (tmp_path / "odd" / "run").read_bytes() == b"../\xff\n"
 
 
 def test_a_claim_that_a_kill_left_empty_is_no_claim(tmp_path):

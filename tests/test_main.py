@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from story import (
     ROOT,
     SMALL,
@@ -35,7 +36,7 @@ import results
 import runtime
 import training.distribution
 import utils
-from training.folders import claim, folder_lock
+from training.folders import claim, run_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
 
@@ -250,6 +251,10 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
         (["--train", "--train_size=-5"], "--train_size=-5"),
         (["--train", "--dataset=cifar10"], "fashion_mnist"),
         (["--train", "--dataset="], "--dataset is empty"),
+        (["--train", "--export="], "--export is empty"),
+        (["--train", "--predict="], "--predict is empty"),
+        (["--train", f"--logdir={os.fsdecode(b'x' + bytes([255]))}"], "is not in UTF-8"),
+        (["--train", f"--export={os.fsdecode(b'x' + bytes([255]))}"], "is not in UTF-8"),
         (["--train", "--conv=fft"], "dft"),
         (["--train", "--logdir="], "--logdir is empty"),
         (["--train", "--logdir=./checkpoint"], "the same"),
@@ -303,7 +308,7 @@ def test_a_folder_of_images_is_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     for name in (tmp_path / "mine", "~/mine"):
-        assert main.parse(["main.py", f"--dataset={name}"]).dataset == str(name)
+        assert main.parse(["main.py", f"--dataset={name}"]).dataset == f"{tmp_path}/mine"
 
 
 # ---------------------------------------------------------------- dispatch and exit codes
@@ -410,7 +415,7 @@ def test_tensorflow_says_less_where_all_workers_would_repeat_it(
         (
             tf.errors.ResourceExhaustedError(None, None, "OOM when allocating [Op:Conv2D]"),
             1,
-            "main.py: OOM when allocating; earlier checkpoints are unchanged",
+            "main.py: out of memory; try a smaller --batch_size or network",
         ),
     ],
 )
@@ -450,6 +455,77 @@ def test_a_reader_of_the_output_may_go_away(tmp_path, words):
     assert (result.returncode, result.stderr) == (1, b"")
 
 
+def folder_of_images(folder, *names):
+    """Write a data set of classes with these names; each has its bar elsewhere."""
+    for split, count in (("train", 6), ("test", 2)):
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            image = np.zeros((28, 28), np.uint8)
+            image[5:20, 4 + 10 * number : 12 + 10 * number] = 255
+            for copy in range(count):
+                Image.fromarray(image).save(folder / split / name / f"{copy}.png")
+
+
+TINY = ["--n_conv=4", "--n_primary=1", "--primary_dim=2", "--digit_dim=2", "--conv=direct"]
+EXAMINE = ["--test", "--reconstruction_test", "--tweak_test", "--validation_check"]
+
+
+def test_every_mode_works_in_folders_whose_names_could_be_patterns(tmp_path):
+    name = "p[1]*?{a}\\"
+    folder_of_images(tmp_path / name, "a[b]", "c*")
+    folders = ["checkpoint_dir", "val_checkpoint_dir", "sample_dir", "tweak_dir", "logdir"]
+    words = [*TINY, "--jit=off", "--batch_size=4", f"--dataset={name}"]
+    words += [f"--{folder}={folder}{name}" for folder in folders]
+    for epoch in (1, 2):
+        trained = run(tmp_path, "--train", "--validation_check", f"--epoch={epoch}", *words)
+        assert trained.code == 0, trained
+    assert "Resuming from step 3" in trained.out and "damaged" not in trained.out
+    files = f"--predict={name}/test/a[b]/0.png"
+    examined = run(tmp_path, *EXAMINE, f"--export=e{name}", files, *words)
+    assert examined.code == 0, examined
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"{folder}{name}" for folder in folders),
+        *(name, f"e{name}"),
+    }
+    assert (tmp_path / f"logdir{name}" / name / "test.json").exists()
+
+
+def test_classes_may_have_any_name_whatever_the_encoding_of_the_terminal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "set", "猫", os.fsdecode(b"\xff\n"))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1251")
+    words = [*TINY, "--jit=off", "--batch_size=4", "--epoch=1", "--dataset=set", "--export=e"]
+    with contextlib.redirect_stdout(out):
+        code = main.main(["main.py", "--train", "--predict=set/test/*/0.png", *EXAMINE, *words])
+    out.flush()
+    assert code == 0
+    assert b"\nAccuracy per class: \\u732b " in out.buffer.getvalue()
+    assert "猫, \\xff\\n" in (tmp_path / "e/README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--predict=a", "--predict=b"], "--predict is given 2 times"),
+        (["--train", "--epoch=1", "--seed=2", "--epoch=1"], "--epoch is given 2 times"),
+        (["--train", "--train", "--notrain"], "--train is given 3 times"),
+    ],
+)
+def test_a_flag_that_is_given_more_than_once_is_refused(capsys, words, problem):
+    assert main.main(["main.py", *words]) == 2
+    assert capsys.readouterr().err == f"main.py: {problem}, expected once, with one value\n"
+
+
+def test_the_home_folder_is_written_as_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["dataset", "data_dir", "export", "predict", "sample_dir", "tweak_dir", "logdir"]
+    names += ["checkpoint_dir", "val_checkpoint_dir", "multi_checkpoint_dir"]
+    values = main.parse(["main.py", "--train", *(f"--{name}=~/{name}.npz" for name in names)])
+    for name in names:
+        assert getattr(values, name) == f"{tmp_path}/{name}.npz"
+    assert main.parse(["main.py", "--logdir=a~/b"]).logdir == "a~/b"
+
+
 def test_help_is_printed_whatever_the_encoding_of_the_terminal(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(main, "__doc__", "9×9 \udcff")
@@ -482,7 +558,7 @@ def unfinished_run(folder, patch):
 
 
 def training_elsewhere(folder, patch):
-    lock = folder_lock(folder / "checkpoint/mnist")
+    lock = run_lock([folder / "checkpoint/mnist"], print)
     lock.__enter__()
     patch.setattr(Story, "lock", lock, raising=False)  # held until the test ends
 
@@ -676,7 +752,7 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.split("[<>=~]", line)[0] for line in lines} >= {
         *("tensorflow", "tensorboard", "numpy", "scipy", "pillow", "matplotlib", "absl-py"),
-        *("rich", "filelock", "pytest"),
+        *("rich", "pytest"),
     }
 
 
@@ -710,3 +786,10 @@ def test_the_table_of_results_has_mean_and_deviation_of_runs_that_differ_in_thei
             *("0.450 ± 0.050", "50, 50, 50", "2026-11-24"),
         ]
     ]
+
+
+def test_a_lack_of_memory_that_tensorflow_reports_gets_the_advice_for_a_lack_of_memory():
+    short = tf.errors.ResourceExhaustedError(None, None, "Out of memory allocating 12 bytes")
+    assert main.advice(short) == main.advice(MemoryError()) == main.ADVICE[MemoryError]
+    full = tf.errors.ResourceExhaustedError(None, None, "a; No space left on device")
+    assert main.advice(full) == ""

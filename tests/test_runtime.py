@@ -1,6 +1,7 @@
 import ctypes
 import datetime
 import faulthandler
+import json
 import os
 import platform
 import re
@@ -67,6 +68,68 @@ print(tf.__name__, calls, tf.get_logger().level)
     out, err = output_of(code)
     assert out == "1 3\ntensorflow [False] 40\n"
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [("KERAS_BACKEND", "jax"), ("TF_USE_LEGACY_KERAS", "1"), ("KERAS_HOME", "")],
+)
+def test_keras_computes_with_tensorflow_whatever_the_user_has_set(tmp_path, variable, value):
+    settings = {"backend": "torch", "floatx": "float16", "image_data_format": "channels_first"}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
+    code = """
+import runtime
+tf = runtime.start_tensorflow()
+import keras
+print(keras.backend.backend(), keras.config.floatx(), keras.config.image_data_format())
+print(tf.keras.layers.Dense is keras.layers.Dense)
+"""
+    out, err = output_of(code, **{variable: value or str(tmp_path)})
+    assert out == "tensorflow float32 channels_last\nTrue\n" and err == ""
+
+
+def test_gpus_take_memory_as_they_need_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtime, "keep_big_buffers", lambda: None)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind} 0", f"{kind} 1"])
+
+    def set_memory_growth(*arguments):
+        asked.append(arguments)
+        raise RuntimeError("devices are in use")  # by an earlier call
+
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", set_memory_growth)
+    runtime.start_tensorflow()
+    assert asked == [("GPU 0", True), ("GPU 1", True)]
+
+
+def test_the_device_is_the_gpus_that_tensorflow_sees_or_else_the_processor(monkeypatch):
+    monkeypatch.setattr(runtime, "gpu_names", lambda: [])
+    monkeypatch.setattr(runtime, "processor", lambda: "a processor")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    exists = Path.exists
+    driver = Path("/proc/driver/nvidia/version")
+    monkeypatch.setattr(Path, "exists", lambda path: path != driver and exists(path))
+    assert runtime.describe_device() == "Runs on a processor (4 cores)"
+    monkeypatch.setattr(Path, "exists", lambda path: path == driver or exists(path))
+    assert runtime.describe_device() == (
+        "Runs on a processor (4 cores); for the GPU of this machine: "
+        "pip install 'tensorflow[and-cuda]'"
+    )
+    monkeypatch.setattr(runtime, "gpu_names", lambda: ["one", "two"])
+    assert runtime.describe_device() == "Runs on one, two"
+
+
+def test_the_memory_is_that_of_the_machine_or_the_limit_of_its_container(tmp_path, monkeypatch):
+    kilobytes = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(runtime, "CONTAINER_LIMITS", (tmp_path / "missing", limit))
+    assert runtime.memory_size() == 1024 * kilobytes
+    for text, size in [("max\n", 1024 * kilobytes), ("123456\n", 123456)]:
+        limit.write_text(text)
+        assert runtime.memory_size() == size
+    monkeypatch.setattr(os, "sysconf", lambda name: int("no such name"))
+    limit.unlink()
+    assert runtime.memory_size() is None
 
 
 @pytest.mark.parametrize("before, after", [(None, "2"), ("0", "0")])
@@ -353,6 +416,14 @@ def test_a_short_count_prints_nothing_and_a_long_one_how_far_it_is(clock, capsys
         assert capsys.readouterr().out == "Testing: 5,000 of 10,000\n"
 
 
+def test_a_step_whose_speed_is_not_known_yet_is_shown_without_it(clock, capsys):
+    unknown = PROGRESS._replace(images_per_second=None, seconds_left=None)
+    runtime.Display().show_step(unknown)
+    assert capsys.readouterr().out == (
+        "Epoch 2/3 step 11/30: margin loss 0.1235, reconstruction loss 31.42, accuracy 98.77%\n"
+    )
+
+
 def test_a_count_right_after_a_line_of_training_waits_its_30_seconds(clock, capsys):
     display = runtime.Display()
     clock.seconds += 100
@@ -426,6 +497,26 @@ def test_no_color_is_honoured(clock, monkeypatch, capsys, no_color):
 # --- Messages -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "utf-8"])
+def test_both_streams_print_any_text_in_any_encoding(encoding):
+    code = """
+import sys
+import runtime
+runtime.escape_what_streams_lack()
+for stream in (sys.stdout, sys.stderr):
+    print("9\\u732b\\udcff", file=stream)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    expected = b"9" + "猫".encode(encoding, "backslashreplace") + b"\xff\n"
+    assert done.stdout == done.stderr == expected
+
+
 def test_written_files_are_listed_in_one_line(capsys):
     runtime.say_written([Path("samples") / "a.png", "b.csv"])
     assert capsys.readouterr().out == f"Wrote {Path('samples') / 'a.png'}, b.csv\n"
@@ -491,7 +582,12 @@ LOST = (
         (
             tensorflow_error(tf.errors.ResourceExhaustedError, "OOM when\nallocating"),
             "",
-            "OOM when allocating" + SAVED,
+            "out of memory; try a smaller batch or network",
+        ),
+        (
+            tensorflow_error(tf.errors.ResourceExhaustedError, "a; No space left on device"),
+            "",
+            "a; No space left on device" + SAVED,
         ),
         (tensorflow_error(tf.errors.UnavailableError, "a socket"), "", "a socket" + SAVED),
     ],

@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from story import FAST, ROOT, assert_refused, load_all, make_session, run, save_checkpoint
+from story import (
+    FAST,
+    ROOT,
+    assert_refused,
+    last_values,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+)
 
 import commands.session
 import commands.train
@@ -20,7 +29,7 @@ pytest_plugins = ["story_fixtures"]
 
 
 def session_of(*words):
-    argv = ["main.py", *words]
+    argv = ["main.py", *last_values(words)]
     return Session(main.parse(argv), argv)
 
 

@@ -3,6 +3,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -800,3 +801,25 @@ def test_padding_has_the_colour_of_most_of_the_edge():
     fitted, _ = utils.fit_image(image, (16, 16, 1), inverted=False)
     np.testing.assert_array_equal(fitted[[0, 3, 12, 15]], 30)
     np.testing.assert_array_equal(fitted[4:12, 0], 240)  # the image itself keeps its size
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("a b/ü 猫 \u3000", "a b/ü 猫 \u3000"),
+        (os.fsdecode(b"a\xff\xfe"), "a\\xff\\xfe"),
+        ("a\nb\tc\x1b[31m\x7f", "a\\nb\\tc\\x1b[31m\\x7f"),
+        ("\u2028\u200d", "\\u2028\u200d"),  # the second joins letters and emoji
+    ],
+)
+def test_a_name_is_shown_without_controls_and_bytes_that_are_no_text(name, shown):
+    assert utils.printable(name) == shown
+
+
+def test_classes_and_data_sets_are_named_so_that_every_file_can_hold_the_names(tmp_path):
+    folder = tmp_path / os.fsdecode(b"set\xff")
+    for split, name in itertools.product(("train", "test"), (b"\xfe", "猫".encode())):
+        (folder / split / os.fsdecode(name)).mkdir(parents=True)
+        Image.new("L", (20, 20)).save(folder / split / os.fsdecode(name) / "1.png")
+    dataset = utils.load_dataset(str(folder), "")
+    assert dataset.name == "set\\xff" and set(dataset.class_names) == {"\\xfe", "猫"}

@@ -116,8 +116,9 @@ class Checkpoints:
         if not steps:
             (self.folder / "checkpoint").unlink(missing_ok=True)
             return
-        names = [f"ckpt-{step}" for step in reversed(steps)]
-        tf.compat.v1.train.update_checkpoint_state(os.path.abspath(self.folder), names[-1], names)
+        folder = os.path.relpath(self.folder)  # TensorFlow then writes names without the folder
+        paths = [os.path.join(folder, f"ckpt-{step}") for step in reversed(steps)]
+        tf.compat.v1.train.update_checkpoint_state(folder, paths[-1], paths)
 
     def restore(self, step):
         """Restore the variables of a checkpoint and return its RunState.
@@ -209,7 +210,7 @@ def open_checkpoint(folder, step):
         DAMAGE: its index is damaged.
     """
     with contextlib.ExitStack() as stack:
-        if "[" in str(folder):  # TensorFlow takes the path for a pattern, which it does not match
+        if set("[*?\\") & set(str(folder)):  # TensorFlow takes the path for a pattern
             outer = stack.enter_context(tempfile.TemporaryDirectory())
             link = Path(outer, "folder")
             link.symlink_to(Path(folder).resolve(), target_is_directory=True)

@@ -46,7 +46,7 @@ class EventLog:
         """Write texts by name, at step 0."""
         with self._writers["train"].as_default(step=0):
             for name, text in texts.items():
-                tf.summary.text(name, text)
+                tf.summary.text(name, valid_unicode(text))
 
     def write_step(self, step, total, losses, accuracy, learning_rate):
         """Write the scalars of a training step."""
@@ -67,10 +67,15 @@ def write_scalars(total, losses, accuracy):
     tf.summary.scalar("accuracy", accuracy)
 
 
+def valid_unicode(text):
+    """Return a text with the bytes of odd file names escaped: event files take UTF-8 only."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_settings(folder, settings):
     """Write a run's settings (name -> value) for TensorBoard's HParams tab."""
     shown = {
-        name: value if isinstance(value, (int, float, str)) else str(value)
+        name: value if isinstance(value, (int, float)) else valid_unicode(str(value))
         for name, value in settings.items()
         if name != "data"
     }

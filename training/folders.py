@@ -1,13 +1,21 @@
 """The folders of a run: lock them, claim them for the run, and move an earlier run aside."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
-
 from errors import FolderInUse, FolderTaken
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # by another process
+_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # for names of any bytes
 
 
 class Folders(NamedTuple):
@@ -19,22 +27,56 @@ class Folders(NamedTuple):
 
 
 @contextlib.contextmanager
-def folder_lock(folder):
-    """Keep a second training out of a folder. The system frees the lock of a process that ends.
+def run_lock(folders, report):
+    """Keep a second training out of the folders of a run.
+
+    The system frees the locks of a process that ends. Not every file system has locks: without them
+    the training runs all the same.
+
+    Args:
+        folders: Folders, or paths.
+        report: takes a line of text for the user.
 
     Raises:
-        FolderInUse: another process trains there.
+        FolderInUse: another process trains in one of them.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise FolderInUse(folder) from None
-    try:
+    with contextlib.ExitStack() as stack:
+        unlocked = [folder for folder in folders if not stack.enter_context(_folder_lock(folder))]
+        if unlocked:
+            report(
+                f"The file system has no locks for {', '.join(map(str, unlocked))}: make sure that "
+                "no other training runs there."
+            )
         yield
+
+
+@contextlib.contextmanager
+def _folder_lock(folder):
+    """Lock a folder by a file next to it; yield whether the file system can lock files."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _lock_file(file, folder)
     finally:
-        lock.release()
+        os.close(file)  # frees the lock
+
+
+def _lock_file(file, folder):
+    """Lock a file (descriptor); return False where there are no locks, as on some Lustre and NFS.
+
+    Raises:
+        FolderInUse: another process has locked it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _LOCKED:
+            raise FolderInUse(folder) from None
+        return False
+    return True
 
 
 def claim(folder, checkpoints):
@@ -48,12 +90,12 @@ def claim(folder, checkpoints):
         FolderTaken: another run writes to it, whose checkpoints are elsewhere.
     """
     note, own = folder / "run", os.path.relpath(checkpoints, folder)
-    owner = note.read_text().strip() if note.exists() else ""
+    owner = note.read_text(**_TEXT).strip() if note.exists() else ""
     # An empty note was left by a kill while it was written.
     if owner not in ("", own) and (folder / owner).exists():
         raise FolderTaken(folder, folder / owner)
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(own + "\n")
+    note.write_text(own + "\n", **_TEXT)
 
 
 def archive_run(folders):

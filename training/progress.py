@@ -11,8 +11,8 @@ class Progress(NamedTuple):
     epochs: int
     step: int
     last_step: int
-    images_per_second: float
-    seconds_left: float
+    images_per_second: float | None  # None until a step was measured
+    seconds_left: float | None
     losses: dict  # name of a term of the loss -> its mean in this epoch so far
     accuracy: float  # in this epoch so far
 
@@ -21,13 +21,13 @@ class Speedometer:
     """Measures steps a second, without the first one, which compiles or waits for its batch."""
 
     def __init__(self):
-        self._began, self._steps, self._first = time.perf_counter(), 0, True
+        self._began, self._steps = None, 0
 
     def count_step(self):
-        """Count a step and return the steps a second."""
-        self._steps += 1
+        """Count a step; return the steps a second, None after the first one."""
         now = time.perf_counter()
-        speed = self._steps / (now - self._began)
-        if self._first:
-            self._began, self._steps, self._first = now, 0, False
-        return speed
+        if self._began is None:
+            self._began = now
+            return None
+        self._steps += 1
+        return self._steps / (now - self._began)

@@ -24,7 +24,7 @@ from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, sav
 from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator
 from training.events import EventLog, write_scalars, write_settings
-from training.folders import claim, folder_lock
+from training.folders import claim, run_lock
 from training.interrupt import Interrupted, StopSignal
 from training.progress import Progress, Speedometer
 from training.resume import check_agreement, resume
@@ -134,8 +134,7 @@ class Trainer:
         last_step = math.ceil(epochs * self.steps_per_epoch)
         with contextlib.ExitStack() as stack:
             if self.chief:
-                for folder in self.folders:
-                    stack.enter_context(folder_lock(folder))
+                stack.enter_context(run_lock(self.folders, self.report))
             stop = stack.enter_context(StopSignal())
             self._resume(restart)
             if self.state.step >= last_step:
@@ -203,15 +202,16 @@ class Trainer:
         """Return the terms of the loss, which come first in `values`, by their names."""
         return dict(zip(self.network.loss_names, values, strict=False))
 
-    def _progress(self, step, last_step, steps_per_second):
+    def _progress(self, step, last_step, speed):
+        """Return the Progress after a step; the speed is in steps a second, or None."""
         means = self.state.sums / self.state.sums[-1]
         return Progress(
             epoch=math.ceil(step / self.steps_per_epoch),
             epochs=math.ceil(last_step / self.steps_per_epoch),
             step=step,
             last_step=last_step,
-            images_per_second=steps_per_second * self.config.batch_size,
-            seconds_left=(last_step - step) / steps_per_second,
+            images_per_second=speed and speed * self.config.batch_size,
+            seconds_left=speed and (last_step - step) / speed,
             losses=self._by_name(means),
             accuracy=means[-2],
         )
