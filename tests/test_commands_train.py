@@ -122,6 +122,7 @@ def test_the_examining_modes_write_these_files_and_no_others(story):
         "samples/confusion_matrix.png",
         "samples/misclassified.png",
         "logs/mnist/test.json",
+        "logs/mnist/predictions.csv",
     }
     events = {
         f"logs/mnist/test/events.out.tfevents.{name}"
@@ -172,6 +173,7 @@ def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
     assert {"multi_checkpoint/multi_mnist/ckpt-15.index"} < pairs.files["trained"]
     assert not [name for name in pairs.files["trained"] if name.startswith("checkpoint")]
     new = {*PICTURES, "samples/multi_MNIST.png", "logs/multi_mnist/test.json"} | {
+        "logs/multi_mnist/predictions.csv",
         f"logs/multi_mnist/test/events.out.tfevents.{name}"
         for name in ("evaluation", "reconstructions", "tweaks")
     }
