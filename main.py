@@ -259,8 +259,6 @@ def check_combinations(values):
         raise UsageError("--restart starts a training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
         raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
-    if values.predict and values.multi_MNIST:
-        raise UsageError("--predict takes images of single digits, without --multi_MNIST")
     if values.pretrained and (values.train or values.validation_check):
         raise UsageError(
             "--pretrained takes the weights that come with the program and cannot be combined "

@@ -268,10 +268,10 @@ def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is
         utils, "load_dataset", lambda name, folder: asked.append((name, str(folder))) or few
     )
     monkeypatch.chdir(tmp_path)
-    session_of()
-    session_of("--data_dir=mine", "--dataset=kmnist")
+    assert session_of().dataset is few
+    assert session_of("--data_dir=mine", "--dataset=kmnist").dataset is few
     (tmp_path / "data").mkdir()
-    session_of()
+    assert session_of().dataset is few
     assert asked == [("mnist", str(ROOT / "data")), ("kmnist", "mine"), ("mnist", "data")]
 
 
@@ -374,7 +374,7 @@ def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few
     np.savez("own.npz", 0)
     for words in [], ["--multi_MNIST"], ["--dataset=./own.npz"]:
         with pytest.raises(KeyError):  # these are no metadata
-            session_of(*FAST, "--pretrained", *words).load()
+            session_of(*FAST, "--pretrained", "--test", *words).load()
     names = [str(path.relative_to(ROOT / "pretrained")) for path in sought]
     assert names == ["mnist", "multi_mnist", "._own.npz"]
 
