@@ -228,11 +228,23 @@ def check_values(values):
             raise UsageError(f"--{name} is empty, expected a name")
     dataset = values.dataset
     files = dataset.endswith(".npz") or os.path.isdir(os.path.expanduser(dataset))
-    if dataset not in utils.CLASS_NAMES and not files:
+    if dataset not in utils.CLASS_NAMES and not files and not weights_suffice(values):
         raise UsageError(
             f"--dataset={dataset} is unknown, expected one of {', '.join(utils.CLASS_NAMES)}, a "
             ".npz file, or a folder with train/CLASS/* and test/CLASS/*"
         )
+
+
+def weights_suffice(values):
+    """Tell whether no mode needs the data set, and there are weights under its name."""
+    if any(
+        getattr(values, mode) for mode in ("train", "test", "reconstruction_test", "tweak_test")
+    ):
+        return False
+    name = utils.dataset_name(values.dataset)
+    if values.multi_MNIST:
+        return os.path.isdir(os.path.join(values.multi_checkpoint_dir, f"multi_{name}"))
+    return os.path.isdir(os.path.join(values.checkpoint_dir, name))
 
 
 def fill_in(values):

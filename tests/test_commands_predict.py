@@ -7,12 +7,22 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from story import FAST, assert_refused, decode, make_session, run, save_checkpoint, varied_network
+from story import (
+    FAST,
+    ROOT,
+    assert_refused,
+    decode,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+    varied_network,
+)
 
 import figures
 import main
 import utils
-from commands.appearance import measure_appearance
+from commands.appearance import KEY, compose_pairs, measure_appearance
 from commands.predict import (
     caption,
     classify,
@@ -346,3 +356,42 @@ def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
     assert pictures == [] and len(failed) == 1 and "a.png" in failed[0]
     with pytest.raises(UserError, match="matches no file"):
         matching_files(str(tmp_path / "b.png"))
+
+
+def test_files_are_predicted_without_the_data_set(tmp_path, all_images):
+    save(tmp_path / "a.png", enlarged(load_all("mnist", ROOT / "data").x_test[4, ..., 0]))
+    words = ["--predict=a.png", "--pretrained", "--data_dir=nonexistent"]
+    result = run(tmp_path, *words)
+    assert (result.code, result.err) == (0, "")
+    assert "taken off light paper of 252×84, scaled and centred): 4: 0.9" in result.out
+    assert_refused(run(tmp_path, "--test", *words), 1, "nonexistent/mnist")
+
+
+def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatch):
+    network = varied_network((36, 36, 1))
+    data = make_session(*FAST, "--multi_MNIST").train_data
+    description = {KEY: measure_appearance(data).to_metadata()}
+    names = list("abcdefghij")
+    folder = tmp_path / "multi_checkpoint/multi_mnist"
+    save_checkpoint(folder, network, description, class_names=names)
+    pair = compose_pairs(data)[3]
+    save(tmp_path / "a.png", pair[..., 0])
+    drawn = []
+    monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
+    monkeypatch.setattr(utils, "load_dataset", None)  # not needed
+    result = run(tmp_path, "--predict=a.png", "--multi_MNIST", *FAST)
+    assert (result.code, result.err) == (0, "")
+    lengths, capsules = (part.numpy() for part in network(pair[None] / np.float32(255)))
+    longest = np.argsort(-lengths[0])[:3]
+    scores = ", ".join(f"{names[k]}: {lengths[0, k]:.3f}" for k in longest)
+    first, second, _ = (names[k] for k in longest)
+    assert f"\na.png (as it was): {first} and {second} ({scores})\n" in result.out
+    head, row = read_csv(tmp_path / "samples/predictions.csv")
+    assert head == [
+        *("file", "done", "class_1", "length_1", "class_2", "length_2", "class_3", "length_3")
+    ]
+    assert row[2::2] == [names[k] for k in longest]
+    np.testing.assert_array_equal(drawn[2][0], pair)
+    for place in (0, 1):
+        expected = decode(network, capsules, longest[place : place + 1])
+        np.testing.assert_allclose(drawn[3][0][place], expected[0], atol=1e-4)

@@ -338,6 +338,20 @@ def test_predictions_are_triples_below_their_captions(pages):
         assert pages[-1].title == title
 
 
+def test_predictions_of_pairs_have_both_reconstructions(pages):
+    images, reconstructions = noise(5), noise(5, 2, seed=1)
+    captions = [["a.png", "0: 0.9"]] * 5
+    figures.save_predictions(None, images, images, list(reconstructions), captions)
+    (page,) = pages
+    assert page.note.endswith("its reconstructions from the 2 longest capsules")
+    width = 4 * 112 + 3 * SEAM
+    for n in range(5):
+        y, x = 2 * LINE + n // 3 * (112 + 3 * LINE), n % 3 * (width + GAP)
+        for place in (0, 1):
+            left = x + (2 + place) * (112 + SEAM)
+            assert places(page.contents, reconstructions[n, place]) == [(y, left)]
+
+
 @pytest.mark.parametrize("side", [28, 36])  # 36 is enlarged by 3
 def test_a_file_of_any_size_keeps_its_proportions_in_a_tile_as_large_as_the_others(pages, side):
     tile = 112 // side * side

@@ -5,16 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from story import FAST, ROOT, assert_refused, load_all, make_session, run, save_checkpoint
+from story import (
+    FAST,
+    ROOT,
+    assert_refused,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+    small_network,
+)
 
 import commands.session
 import commands.train
 import main
 import runtime
 import utils
+from commands.appearance import KEY, measure_appearance
 from commands.session import Session
 from commands.train import make_trainer
-from errors import UsageError
+from errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError
 
 pytest_plugins = ["story_fixtures"]
 
@@ -304,6 +314,79 @@ def test_weights_of_other_images_are_announced(saved, few, capsys):
     save_checkpoint(Path("checkpoint/mnist"), saved, **size)
     session_of(*FAST, "--test").load()  # of the first seven, and these are there
     assert "other images" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Make every attempt to read a data set fail."""
+
+    def fail(name, folder):
+        raise DataFileError(folder, "no such file", name)
+
+    monkeypatch.setattr(utils, "load_dataset", fail)
+
+
+@pytest.mark.parametrize("word", ["--predict=x", "--export=new"])
+def test_predicting_and_exporting_need_the_weights_alone(saved, no_data, word, capsys):
+    names, style = tuple("abcdefghij"), {"ink_style": None, "ground": "light"}
+    save_checkpoint(Path("checkpoint/mnist"), saved, {KEY: style}, class_names=list(names))
+    session = session_of(*FAST, word)
+    session.load()
+    for value, expected in zip(session.network.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert session.class_names == names and session.digits_per_example == 1
+    assert session.appearance == (None, "light")
+    assert capsys.readouterr().out == "Weights of step 15 from checkpoint/mnist\n"
+
+
+@pytest.mark.parametrize("mode", ["test", "reconstruction_test", "tweak_test"])
+def test_other_modes_read_the_data_set(saved, no_data, mode):
+    with pytest.raises(DataFileError):
+        session_of(*FAST, f"--{mode}", "--predict=x").load()
+
+
+def test_the_network_has_the_images_and_classes_of_its_weights(tmp_path, no_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = small_network((20, 24, 3), 4)
+    save_checkpoint(Path("checkpoint/mnist"), network, class_names=list("abcd"))
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert session.network.settings["image_shape"] == (20, 24, 3)
+    assert session.network.settings["n_classes"] == 4
+    with pytest.raises(NetworkMismatch, match="n_conv is 8 there and 9 here"):
+        session_of(*FAST, "--predict=x", "--n_conv=9").load()
+    with pytest.raises(NoCheckpoint, match="elsewhere"):
+        session_of(*FAST, "--predict=x", "--checkpoint_dir=elsewhere").load()
+
+
+def test_older_weights_take_the_look_of_the_data_set_if_it_is_there(saved, few, capsys):
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    expected = measure_appearance(session_of(*FAST).train_data)
+    assert session.appearance == expected and expected.ink_style is not None
+    save_checkpoint(Path("checkpoint/mnist"), saved, data=session.digest(7))
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert "other images" not in capsys.readouterr().out  # before the data are needed
+    assert session.appearance == expected
+    assert "other images" in capsys.readouterr().out
+
+
+def test_older_weights_without_their_data_set_say_that_files_are_only_fitted(
+    saved, no_data, capsys
+):
+    save_checkpoint(Path("checkpoint/mnist"), saved, dataset="mnist")
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert session.class_names == tuple("0123456789")
+    assert session.appearance == (None, None)
+    out = capsys.readouterr().out
+    assert "do not say how their training images look" in out and "fitted as a whole" in out
+    save_checkpoint(Path("checkpoint/mnist"), saved)  # and they do not name their classes either
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    with pytest.raises(DataFileError):
+        print(session.class_names)
 
 
 def test_weights_for_other_classes_are_refused(tmp_path, saved):

@@ -3,6 +3,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -800,3 +801,18 @@ def test_padding_has_the_colour_of_most_of_the_edge():
     fitted, _ = utils.fit_image(image, (16, 16, 1), inverted=False)
     np.testing.assert_array_equal(fitted[[0, 3, 12, 15]], 30)
     np.testing.assert_array_equal(fitted[4:12, 0], 240)  # the image itself keeps its size
+
+
+def test_a_data_set_has_the_name_that_is_known_without_loading_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.zeros((4, 5, 5), np.uint8), np.arange(4) % 2
+    np.savez("own.v1.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for split, name in itertools.product(("train", "test"), "ab"):
+        path = Path("pics.npz", split, name, "1.png")
+        path.parent.mkdir(parents=True)
+        Image.fromarray(images[0]).save(path)
+    monkeypatch.chdir("pics.npz/train")
+    for path, name in ("../../own.v1.npz", "own.v1"), ("../../pics.npz", "pics.npz"):
+        assert utils.dataset_name(path) == utils.load_dataset(path, None).name == name
+    assert utils.dataset_name("..") == utils.load_dataset("..", None).name == "pics.npz"
+    assert utils.dataset_name("kmnist") == "kmnist"
