@@ -310,12 +310,12 @@ def test_a_folder_of_images_is_a_data_set(tmp_path, monkeypatch):
 def test_a_folder_of_images_may_be_gone_once_there_are_weights(tmp_path, monkeypatch, pairs):
     monkeypatch.chdir(tmp_path)
     words = ["main.py", "--dataset=in/gone", "--predict=a.png", f"--multi_MNIST={pairs}"]
-    with pytest.raises(UsageError, match="--dataset=in/gone is unknown"):
+    with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):
         main.parse(words)
     Path("multi_checkpoint/multi_gone" if pairs else "checkpoint/gone").mkdir(parents=True)
     assert main.parse(words).dataset == "in/gone"
     for mode in "train", "test":
-        with pytest.raises(UsageError, match="--dataset=in/gone is unknown"):
+        with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):
             main.parse([*words, f"--{mode}"])
 
 
