@@ -313,28 +313,30 @@ def save_multi(path, title, inputs, reconstructions, labels, predictions, class_
 
 
 def save_predictions(path, originals, images, reconstructions, captions):
-    """Draw the first 40 files, each beside what the network gets and its reconstruction.
+    """Draw the first 40 files, each beside what the network gets and its reconstructions.
 
     Args:
         path: file to write, or None.
         originals: N arrays (h, w, 1 or 3) uint8 of any sizes, N >= 1.
         images: (N, H, W, C), as the network gets them.
-        reconstructions: (N, H, W, C).
+        reconstructions: (N, K, H, W, C), from the K longest capsules.
         captions: the lines of text of each file, as many for each.
 
     Returns:
         The pixels, uint8 (H, W, 3).
     """
     title = "Predictions for " + _counted(len(images), "image", 40)
-    note = (
-        "the file, the image as the network gets it, and its reconstruction from the longest "
-        "capsule"
-    )
-    pairs = [_enlarge(_rgb(part[:40])) for part in (images, reconstructions)]
-    fitted = [_fit_into_tile(original, *pairs[0].shape[1:3]) for original in originals[:40]]
-    tiles = np.stack([fitted, *pairs], axis=1)[:, None]
+    digits = np.shape(reconstructions)[1]
+    longest = "its reconstruction from the longest capsule"
+    if digits > 1:
+        longest = f"its reconstructions from the {digits} longest capsules"
+    note = f"the file, the image as the network gets it, and {longest}"
+    columns = [images, *np.moveaxis(np.asarray(reconstructions[:40]), 1, 0)]
+    seen = [_enlarge(_rgb(column[:40])) for column in columns]
+    fitted = [_fit_into_tile(original, *seen[0].shape[1:3]) for original in originals[:40]]
+    tiles = np.stack([fitted, *seen], axis=1)[:, None]
     captions = [[(line, _INK) for line in lines] for lines in captions[:40]]
-    return _save_examples(path, title, note, tiles, captions, 4)
+    return _save_examples(path, title, note, tiles, captions, 4 if digits == 1 else 3)
 
 
 def _fit_into_tile(image, height, width):

@@ -18,6 +18,7 @@ WINDOW = 0.4  # of the longer side: strokes narrower than this are not part of t
 LEAST_AREA = 6  # pixels; less is noise, even on a blank page
 SPECK = 0.04  # of the ink of the largest part; less is a speck
 VISIBLE = 0.2  # of the contrast of ink: where its bounding box ends
+SAMPLE = 1000  # images that a style is measured from
 LEAST_IMAGES = 10  # that show a style
 THICKEST = 0.25  # of the box; wider than this, the items of a data set are not strokes
 
@@ -30,6 +31,7 @@ class InkStyle(NamedTuple):
     by_mass: bool  # whether the centre of mass is in one place, or that of the bounding box
     offset: tuple[float, float]  # how far below and right of the image's middle that place is
     stroke: float  # typical width of a stroke, pixels
+    tolerance: float = 1.0  # pixels that the box and the place of an image may differ by
 
 
 # --- How a data set places its ink ----------------------------------------------------------------
@@ -46,7 +48,7 @@ def measure_style(images):
     """
     if images.shape[-1] != 1:
         return None
-    sample = images[:: max(1, len(images) // 1000), ..., 0].astype(np.float32) / 255
+    sample = images[:: max(1, len(images) // SAMPLE), ..., 0].astype(np.float32) / 255
     edges = np.stack([_edges(image) for image in sample])
     ground = np.median(edges)
     if 0.1 < ground < 0.9 or np.abs(edges - ground).mean() > 0.02:
@@ -55,18 +57,61 @@ def measure_style(images):
     inks = [ink for ink in (sample if light_ink else 1 - sample) if (ink > VISIBLE).any()]
     if len(inks) < LEAST_IMAGES:
         return None
-    sides = [_longer_side(ink) for ink in inks]
-    box = float(np.median(sides))
     stroke = float(np.median([stroke_width(ink) for ink in inks]))
+    placing = _measure_placing(inks)
+    box, offsets = float(np.median(placing.sides)), placing.offsets
+    uneven = np.std(placing.sides) > box / 8 or offsets.std(axis=0).max() > box / 20
+    if uneven or stroke > THICKEST * box:
+        return None
+    return InkStyle(light_ink, round(box), placing.by_mass, placing.mean_offset, stroke)
+
+
+def style_of_pairs(style, pairs):
+    """Return the style of images of two overlapping items each, given that of single ones.
+
+    The strokes stay those of single items. The ink of a pair is as large, and placed, as that of
+    most pairs. These vary, by the shifts of both items, so more counts as placed already.
+
+    Args:
+        style: InkStyle of the single items.
+        pairs: (N, H, W, 1) uint8, with the ground of the single items.
+    """
+    sample = pairs[..., 0].astype(np.float32) / 255
+    placing = _measure_placing(
+        [ink for ink in (sample if style.light_ink else 1 - sample) if (ink > VISIBLE).any()]
+    )
+    box = round(float(np.median(placing.sides)))
+    off_place = np.abs(placing.offsets - placing.mean_offset).max(axis=1)
+    deviations = np.maximum(np.abs(placing.sides - box), off_place)
+    return style._replace(
+        box=box,
+        by_mass=placing.by_mass,
+        offset=placing.mean_offset,
+        tolerance=max(style.tolerance, float(np.quantile(deviations, 0.99))),
+    )
+
+
+class _Placing(NamedTuple):
+    """How large N images' ink is, and where it is."""
+
+    sides: np.ndarray  # (N,), pixels of the longer side
+    by_mass: bool  # whether its centre of mass varies less than that of its bounding box
+    offsets: np.ndarray  # (N, 2), how far below and right of the image's middle that centre is
+
+    @property
+    def mean_offset(self):
+        down, right = self.offsets.mean(axis=0)
+        return float(down), float(right)
+
+
+def _measure_placing(inks):
+    """Return the _Placing of inks, each (H, W) floats from 0 to 1."""
+    sides = np.array([_longer_side(ink) for ink in inks])
     of_boxes, of_masses = (
         np.array([_offset(ink, by_mass) for ink in inks]) for by_mass in (False, True)
     )
     by_mass = bool(of_masses.std(axis=0).max() <= of_boxes.std(axis=0).max())
-    offsets = of_masses if by_mass else of_boxes
-    if np.std(sides) > box / 8 or offsets.std(axis=0).max() > box / 20 or stroke > THICKEST * box:
-        return None
-    down, right = offsets.mean(axis=0)
-    return InkStyle(light_ink, round(box), by_mass, (float(down), float(right)), stroke)
+    return _Placing(sides, by_mass, of_masses if by_mass else of_boxes)
 
 
 def follows(image, style):
@@ -77,7 +122,7 @@ def follows(image, style):
     if not (ink > VISIBLE).any():
         return False
     off_centre = np.abs(_offset(ink, style.by_mass) - style.offset).max()
-    return bool(abs(_longer_side(ink) - style.box) <= 1 and off_centre <= 1)
+    return bool(max(abs(_longer_side(ink) - style.box), off_centre) <= style.tolerance)
 
 
 def stroke_width(ink):

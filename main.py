@@ -248,7 +248,7 @@ def check_values(values):
             )
     dataset = values.dataset
     files = dataset.endswith(".npz") or os.path.isdir(dataset)
-    if dataset not in utils.CLASS_NAMES and not files:
+    if dataset not in utils.CLASS_NAMES and not files and not weights_suffice(values):
         raise UsageError(
             f"--dataset={dataset} is unknown, expected one of {', '.join(utils.CLASS_NAMES)}, a "
             ".npz file, or a folder with train/CLASS/* and test/CLASS/*"
@@ -262,6 +262,18 @@ def is_utf8(name):
     except UnicodeEncodeError:
         return False
     return True
+
+
+def weights_suffice(values):
+    """Tell whether no mode needs the data set, and there are weights under its name."""
+    if any(
+        getattr(values, mode) for mode in ("train", "test", "reconstruction_test", "tweak_test")
+    ):
+        return False
+    name = utils.dataset_name(values.dataset)
+    if values.multi_MNIST:
+        return os.path.isdir(os.path.join(values.multi_checkpoint_dir, f"multi_{name}"))
+    return os.path.isdir(os.path.join(values.checkpoint_dir, name))
 
 
 def fill_in(values):
@@ -288,8 +300,6 @@ def check_combinations(values):
         raise UsageError("--restart starts a training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
         raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
-    if values.predict and values.multi_MNIST:
-        raise UsageError("--predict takes images of single digits, without --multi_MNIST")
     if values.pretrained and (values.train or values.validation_check):
         raise UsageError(
             "--pretrained takes the weights that come with the program and cannot be combined "

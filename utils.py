@@ -247,6 +247,14 @@ def load_dataset(name, data_dir):
     )
 
 
+def dataset_name(name):
+    """Return the `Dataset.name` of what `load_dataset` loads under a name, without loading it."""
+    if name in CLASS_NAMES:
+        return name
+    path = Path(name).expanduser()
+    return path.stem if path.suffix == ".npz" and not path.is_dir() else path.resolve().name
+
+
 def _read_idx_files(name, folder):
     """Read a Dataset from its four IDX files."""
     x_train, y_train = _read_idx_pair(folder, "train", name)

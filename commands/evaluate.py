@@ -19,7 +19,7 @@ RIGHT_PAIRS, WRONG_PAIRS = 14, 6  # on the sheet of overlapping digits
 
 
 def test(session):
-    """Measure and print accuracy and losses; write LOGDIR/RUN/test.json and pictures of errors."""
+    """Measure and print accuracy and losses; write files to LOGDIR/RUN and pictures of errors."""
     plan = session.test_data.evaluation_plan(session.flags.multi_test_pairs)
     evaluation, images_per_second = measure(session, plan)
     if not session.chief:
@@ -27,6 +27,8 @@ def test(session):
     result = make_result(session, evaluation, images_per_second)
     print_result(result, evaluation, session.test_data.overlap)
     folder, samples = session.folders.logs, Path(session.flags.sample_dir)
+    header, rows = predictions_table(session.test_data, plan, evaluation)
+    utils.write_csv(folder / "predictions.csv", header, rows)
     utils.write_json(folder / "test.json", result)
     matrix = samples / "confusion_matrix.png"
     with replacing_events(folder / "test", "evaluation", session.metadata["step"]):
@@ -36,7 +38,7 @@ def test(session):
         pictures = [save_multi_sheet(session, plan, evaluation)]
     else:
         pictures = [matrix, save_misclassified(session, plan, evaluation)]
-    say_written([folder / "test.json", *pictures])
+    say_written([folder / "test.json", folder / "predictions.csv", *pictures])
 
 
 def measure(session, plan):
@@ -70,6 +72,72 @@ def accuracy_per_class(evaluation, class_names):
     return shares
 
 
+def scores_per_class(evaluation, class_names):
+    """Return precision, recall and F1 of each class; None where one is undefined.
+
+    A class counts once in an example, wherever its digit is in a pair. The recall is undefined for
+    a class that is not in the test, the precision for one that is never predicted, and F1, twice
+    the hits over present and predicted together, where a class is neither.
+
+    Returns:
+        Dict of `precision_per_class`, `recall_per_class` and `f1_per_class`, each a dict by class
+        name.
+    """
+    precision, recall, f1 = {}, {}, {}
+    for number, name in enumerate(class_names):
+        present = (evaluation.labels == number).any(axis=1)
+        predicted = (evaluation.predictions == number).any(axis=1)
+        hits = np.sum(present & predicted)
+        precision[name] = _share(hits, predicted.sum())
+        recall[name] = _share(hits, present.sum())
+        f1[name] = _share(2 * hits, present.sum() + predicted.sum())
+    return {"precision_per_class": precision, "recall_per_class": recall, "f1_per_class": f1}
+
+
+def _share(part, whole):
+    return float(part / whole) if whole else None
+
+
+def confusion(evaluation, class_names):
+    """Return how often each class (row) was predicted as each (column); {} for pairs."""
+    if evaluation.labels.shape[1] > 1:
+        return {}  # which label of a pair belongs to which prediction is undefined
+    labels, predictions = evaluation.labels[:, 0], evaluation.predictions[:, 0]
+    matrix = figures.confusion_matrix(labels, predictions, len(class_names))
+    return {"confusion": matrix.tolist()}
+
+
+def predictions_table(data, plan, evaluation):
+    """Return the header and the rows of predictions.csv.
+
+    A row has the numbers of the test images, counted from 0, the names of their classes and of the
+    predicted ones, and the length of each class's capsule. Of several pairs for each image only the
+    first is listed, as there may be millions.
+
+    Args:
+        data: Data that was tested.
+        plan: its Plan.
+        evaluation: its Evaluation.
+    """
+    names, digits = data.class_names, [""]
+    if data.overlap:
+        digits = [f"_{place + 1}" for place in range(data.digits_per_example)]
+    header = [column + digit for column in ("number", "label", "prediction") for digit in digits]
+    header += [f"length_{name}" for name in names]
+    parts = plan.index, evaluation.labels, evaluation.predictions, evaluation.scores
+    rows = [
+        [
+            *numbers.tolist(),
+            *(names[k] for k in (*labels, *predictions)),
+            *(round(float(length), 6) for length in lengths),
+        ]
+        for numbers, labels, predictions, lengths in zip(
+            *(part[: len(data.labels)] for part in parts), strict=True
+        )
+    ]
+    return header, rows
+
+
 def make_result(session, evaluation, images_per_second):
     """Return the contents of test.json: accuracies, losses, settings, and how they were made."""
     training = session.metadata["training"]
@@ -87,6 +155,8 @@ def make_result(session, evaluation, images_per_second):
         "reconstruction_loss": evaluation.losses["reconstruction"],
         "total_loss": weights.total_loss(evaluation.losses),
         "accuracy_per_class": accuracy_per_class(evaluation, session.dataset.class_names),
+        **scores_per_class(evaluation, session.dataset.class_names),
+        **confusion(evaluation, session.dataset.class_names),
         "images_per_second": images_per_second,
         "dataset": session.name,
         "checkpoint_step": session.metadata["step"],

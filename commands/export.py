@@ -29,7 +29,7 @@ def export(session):
         result = json.loads((session.folders.logs / "test.json").read_text("utf-8"))
     metadata = session.metadata | {"seconds": training_seconds(session)}
     card = model_card(session, metadata, result)
-    write_network(session.network, folder, metadata, card, session.test_data.digits_per_example)
+    write_network(session.network, folder, metadata, card, session.digits_per_example)
     names = ("capsnet.keras", "saved_model", "weights.npz", "README.md")
     say_written([folder / name for name in names])
 
@@ -136,9 +136,9 @@ def model_card(session, metadata, result):
             channels=channels,
             figures=measured,
             dims=metadata["shape"]["digit_dim"],
-            shown=session.test_data.digits_per_example,
-            classes=len(session.dataset.class_names),
-            names=", ".join(session.dataset.class_names),
+            shown=session.digits_per_example,
+            classes=len(session.class_names),
+            names=", ".join(session.class_names),
             settings="\n".join(f"| {name} | {value} |" for name, value in settings),
         )
     )

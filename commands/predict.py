@@ -11,6 +11,7 @@ from PIL import Image
 import figures
 import ink
 import utils
+from commands.appearance import ground_of
 from errors import UserError
 from model import CHUNK_SIZE
 from runtime import say_written
@@ -63,18 +64,20 @@ def predict(session):
         UserError: no file matches, or some cannot be read; the others are still predicted.
     """
     paths = matching_files(session.flags.predict)
-    names = session.dataset.class_names
+    names, digits = session.class_names, session.digits_per_example
     drawn = figures.drawable_names(names)
-    pictures, failed = read_images(session, paths)
+    shape = session.network.settings["image_shape"]
+    pictures, failed = read_images(paths, shape, session.appearance)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
         chunk = pictures[start : start + CHUNK_SIZE]
-        lengths, decoded = classify(session.network, [picture.image for picture in chunk])
+        images = [picture.image for picture in chunk]
+        lengths, decoded = classify(session.network, images, digits)
         reconstructions.extend(decoded)
         for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
             likeliest = np.argsort(-scores)[:LIKELIEST]
             best = [(names[k], float(scores[k])) for k in likeliest]
-            print(f"{path} ({done}): " + ", ".join(f"{name}: {value:.3f}" for name, value in best))
+            print(f"{path} ({done}): {in_words(best, digits)}")
             rows.append([path, done, *(cell for pair in best for cell in pair)])
             captions.append(caption(path, [(drawn[k], scores[k]) for k in likeliest], drawn))
     if rows:
@@ -90,15 +93,27 @@ def predict(session):
         raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
 
 
-def read_images(session, paths):
+def in_words(best, digits):
+    """Return the likeliest classes with their lengths; of pairs, first which two are predicted."""
+    scores = ", ".join(f"{name}: {value:.3f}" for name, value in best)
+    if digits == 1:
+        return scores
+    predicted = " and ".join(name for name, _ in best[:digits])
+    return f"{predicted} ({scores})"
+
+
+def read_images(paths, shape, appearance):
     """Read image files and make them look like the training images.
+
+    Args:
+        paths: of the files.
+        shape: (H, W, C) of the network's images.
+        appearance: Appearance of the training images.
 
     Returns:
         The Pictures of the files that can be read, and the errors of the others.
     """
-    shape = session.test_data.canvas_shape()
-    style = ink.measure_style(session.train_data.images)
-    ground = training_ground(session.train_data.images) if shape[-1] == 1 else None
+    style, ground = appearance
     pictures, failed = [], []
     for path in paths:
         try:
@@ -149,31 +164,21 @@ def thumbnail(image):
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
-def ground_of(image):
-    """Tell whether an image is "light" or "dark" at its edges."""
-    return "light" if utils.is_dark_on_light(image) else "dark"
+def classify(network, images, digits=1):
+    """Classify images and reconstruct their longest capsules.
 
+    Args:
+        network: CapsNet.
+        images: N arrays (H, W, C) uint8.
+        digits: K, how many capsules to reconstruct, the longest first.
 
-def training_ground(images):
-    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
-
-    The edges of photographs are light or dark by chance, so those are not inverted.
+    Returns:
+        The lengths (N, J), and the reconstructions (N, K, H, W, C).
     """
-    sample = images[:: max(1, len(images) // 1000)]
-    light = np.mean([utils.is_dark_on_light(image) for image in sample])
-    if light > 0.95:
-        return "light"
-    if light < 0.05:
-        return "dark"
-    return None
-
-
-def classify(network, images):
-    """Return the lengths (N, J) for images (N, H, W, C) uint8, and the reconstructions."""
     lengths, capsules = network(np.stack(images) / np.float32(255))
-    longest = np.argmax(lengths, axis=1)
-    mask = np.eye(lengths.shape[1], dtype=np.float32)[longest][:, None]
-    return lengths.numpy(), network.decoder(capsules, mask).numpy()[:, 0]
+    longest = np.argsort(-lengths.numpy(), axis=1)[:, :digits]
+    mask = np.eye(lengths.shape[1], dtype=np.float32)[longest]
+    return lengths.numpy(), network.decoder(capsules, mask).numpy()
 
 
 def caption(path, best, names):

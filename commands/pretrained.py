@@ -1,5 +1,6 @@
 """`--pretrained`: the weights that come with the program."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,19 @@ import numpy as np
 import utils
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from training.checkpoints import METADATA, differences
+
+FILE = "weights.npz"
+
+
+def pretrained_metadata(folder):
+    """Return the metadata of the weights that `write_network` wrote to a folder.
+
+    Raises:
+        NoPretrainedWeights: there are none.
+        UserError: they are damaged.
+    """
+    with _open_weights(folder) as file:
+        return json.loads(str(file[METADATA]))
 
 
 def load_pretrained(network, folder):
@@ -21,18 +35,25 @@ def load_pretrained(network, folder):
         PretrainedMismatch: they belong to another network.
         UserError: they are damaged.
     """
-    path = Path(folder) / "weights.npz"
-    if not path.exists():
-        available = sorted(p.parent.name for p in path.parent.parent.glob("*/weights.npz"))
-        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
-    try:
-        with np.load(path) as file:
-            metadata = json.loads(str(file[METADATA]))
-            if different := differences(metadata["shape"], network.architecture):
-                raise PretrainedMismatch(path, different)
-            values = [file[v.path] for v in network.variables]
-    except (KeyError, *utils.NPZ_ERRORS) as error:
-        raise UserError(f"{path} is damaged ({error}); put back the original") from None
+    with _open_weights(folder) as file:
+        metadata = json.loads(str(file[METADATA]))
+        if different := differences(metadata["shape"], network.architecture):
+            raise PretrainedMismatch(Path(folder) / FILE, different)
+        values = [file[v.path] for v in network.variables]
     for variable, value in zip(network.variables, values, strict=True):
         variable.assign(value)
     return metadata
+
+
+@contextlib.contextmanager
+def _open_weights(folder):
+    """Open the weights in a folder, and say so if they are missing or damaged."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        available = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{FILE}"))
+        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
+    try:
+        with np.load(path) as file:
+            yield file
+    except (KeyError, *utils.NPZ_ERRORS) as error:
+        raise UserError(f"{path} is damaged ({error}); put back the original") from None

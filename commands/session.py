@@ -12,15 +12,18 @@ import tensorflow as tf
 import config
 import runtime
 import utils
-from commands.pretrained import load_pretrained
+from commands import appearance
+from commands.pretrained import load_pretrained, pretrained_metadata
 from errors import UsageError, UserError
 from input_pipeline import Data
 from model import CapsNet
-from training.checkpoints import load_weights
+from training.checkpoints import load_weights, newest_metadata
 from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
 from training.folders import Folders, claim
 
+# Modes that need the images of the data set; for the others the weights say all that is needed.
+MODES_WITH_DATA = ("train", "test", "reconstruction_test", "tweak_test")
 # Modes that write to the run's log folder, or read its events.
 MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
 
@@ -34,7 +37,7 @@ class Session:
 
     Raises:
         UsageError: a flag asks for what this machine does not have.
-        UserError: the data set, or the cluster, is not usable.
+        UserError: the cluster is not usable.
     """
 
     def __init__(self, flags, argv):
@@ -53,30 +56,45 @@ class Session:
         self.conv = runtime.fastest_conv() if flags.conv == "auto" else flags.conv
         fast = gpu or self.conv == "dft"
         self.jit = fast if flags.jit == "auto" else flags.jit == "on"
-        self.dataset = utils.load_dataset(flags.dataset, data_folder(flags))
-        self.name = f"multi_{self.dataset.name}" if flags.multi_MNIST else self.dataset.name
-        # More images than there are is the same run as all of them.
-        self.train_size = flags.train_size if flags.train_size < len(self.dataset.y_train) else 0
-        self.train_data, self.test_data = self._compose()
+        name = utils.dataset_name(flags.dataset)
+        self.name = f"multi_{name}" if flags.multi_MNIST else name
         self.folders = self._name_folders()
         self.metadata = None  # of the weights, once they are loaded
 
-    def _compose(self):
-        """Return the Data of training and test (sections 5 and 6)."""
-        flags, dataset = self.flags, self.dataset
+    @functools.cached_property
+    def dataset(self):
+        """Return the data set, read at the first use. Raise UserError if it is not usable."""
+        return utils.load_dataset(self.flags.dataset, data_folder(self.flags))
+
+    @functools.cached_property
+    def train_size(self):
+        """Return how many training images are used, 0 if all are."""
+        # More images than there are is the same run as all of them.
+        return self.flags.train_size if self.flags.train_size < len(self.dataset.y_train) else 0
+
+    @functools.cached_property
+    def train_data(self):
+        """Return the Data of training (sections 5 and 6)."""
         size = self.train_size or None
-        if flags.multi_MNIST:
-            padding = config.MULTI_PADDING
-            train_shift = test_shift = flags.multi_shift
-        else:
-            padding, test_shift = 0, 0
-            train_shift = config.MAX_SHIFT if flags.data_deformation else 0
-        names, overlap = dataset.class_names, flags.multi_MNIST
-        train, labels = dataset.x_train[:size], dataset.y_train[:size]
-        return (
-            Data(train, labels, padding, train_shift, overlap, names),
-            Data(dataset.x_test, dataset.y_test, padding, test_shift, overlap, names),
-        )
+        shift = config.MAX_SHIFT if self.flags.data_deformation else 0
+        return self._compose(self.dataset.x_train[:size], self.dataset.y_train[:size], shift)
+
+    @functools.cached_property
+    def test_data(self):
+        """Return the Data of the test."""
+        return self._compose(self.dataset.x_test, self.dataset.y_test, 0)
+
+    def _compose(self, images, labels, max_shift):
+        """Return the Data of images; overlapping digits have a shift of their own."""
+        names, overlap, padding = self.dataset.class_names, self.flags.multi_MNIST, 0
+        if overlap:
+            padding, max_shift = config.MULTI_PADDING, self.flags.multi_shift
+        return Data(images, labels, padding, max_shift, overlap, names)
+
+    @property
+    def digits_per_example(self):
+        """Return K."""
+        return 2 if self.flags.multi_MNIST else 1
 
     def _name_folders(self):
         """Return the Folders of this run."""
@@ -99,11 +117,14 @@ class Session:
     @functools.cached_property
     def network(self):
         """Return the network, created at the first use; its weights depend on the seed alone."""
+        return self._make_network(self.train_data.canvas_shape(), len(self.dataset.class_names))
+
+    def _make_network(self, image_shape, n_classes):
         keras.utils.set_random_seed(self.flags.seed)
         with self.strategy.scope():
             return CapsNet(
-                self.train_data.canvas_shape(),
-                len(self.dataset.class_names),
+                image_shape,
+                n_classes,
                 **self.network_config._asdict(),
                 conv=self.conv,
                 initialization=self.flags.initialization,
@@ -123,25 +144,79 @@ class Session:
         Raises:
             UserError: there are none, or they do not fit the network or the classes.
         """
+        needs_data = any(getattr(self.flags, mode) for mode in MODES_WITH_DATA)
+        if not needs_data:
+            self._fit_network_to_weights()
         if self.flags.pretrained:
-            folder = self._pretrained_folder()
-            self.metadata = load_pretrained(self.network, folder)
+            self.metadata = load_pretrained(self.network, self.weights_folder)
         else:
-            best = self.flags.validation_check
-            folder = self.folders.best if best else self.folders.checkpoint
-            self.metadata = load_weights(self.network, folder, print)
+            self.metadata = load_weights(self.network, self.weights_folder, print)
             if self.chief and any(getattr(self.flags, mode) for mode in MODES_WITH_LOGS):
                 claim(self.folders.logs, self.folders.checkpoint)  # its files are of one run
-        training, names = self.metadata["training"], list(self.dataset.class_names)
-        if training.get("class_names", names) != names:
+        if needs_data:
+            self._compare_data()
+        averaged = ", averaged over the last steps" if self._trained("averaging") else ""
+        print(f"Weights of step {self.metadata['step']} from {self.weights_folder}{averaged}")
+
+    @property
+    def weights_folder(self):
+        """Return the folder of the weights to examine."""
+        if self.flags.pretrained:
+            return self._pretrained_folder()
+        return self.folders.best if self.flags.validation_check else self.folders.checkpoint
+
+    def _fit_network_to_weights(self):
+        """Create the network for the images and classes that its weights are for."""
+        read = pretrained_metadata if self.flags.pretrained else newest_metadata
+        shape = read(self.weights_folder)["shape"]
+        if "network" not in vars(self) and {"image_shape", "n_classes"} <= set(shape):
+            self.network = self._make_network(shape["image_shape"], shape["n_classes"])
+
+    def _trained(self, name):
+        """Return a setting that the loaded weights were trained with, None if it is not known."""
+        return self.metadata["training"].get(name)
+
+    def _compare_data(self):
+        """Compare the data set with that of the weights.
+
+        Raises:
+            UserError: the classes are others.
+        """
+        trained_names, names = self._trained("class_names"), list(self.dataset.class_names)
+        if trained_names not in (None, names):
             raise UserError(
-                f"{folder} was trained on other classes: {training['class_names']} there and "
+                f"{self.weights_folder} was trained on other classes: {trained_names} there and "
                 f"{names} here; give the --dataset that it was trained on"
             )
+        training = self.metadata["training"]
         if training["data"] != self.digest(training["train_size"]):
             print("These weights were trained on other images than those of --dataset.")
-        averaged = ", averaged over the last steps" if training.get("averaging") else ""
-        print(f"Weights of step {self.metadata['step']} from {folder}{averaged}")
+
+    @functools.cached_property
+    def class_names(self):
+        """Return the names of the classes of the loaded weights."""
+        names = self._trained("class_names") or utils.CLASS_NAMES.get(self._trained("dataset"))
+        return tuple(names or self.dataset.class_names)
+
+    @functools.cached_property
+    def appearance(self):
+        """Return how the training images of the loaded weights look.
+
+        Weights of earlier versions do not say it; then it is measured, if the data set is there.
+        """
+        kept = appearance.appearance_from(self.metadata)
+        if kept:
+            return kept
+        try:
+            data = self.train_data
+        except UserError as error:
+            print(
+                f"These weights do not say how their training images look, and the data set cannot "
+                f"be read ({error}): files are fitted as a whole."
+            )
+            return appearance.PLAIN
+        self._compare_data()
+        return appearance.measure_appearance(data)
 
     def _pretrained_folder(self):
         """Return the folder of the weights that come with the program for the data set."""

@@ -13,6 +13,7 @@ import figures
 import model
 import runtime
 import utils
+from commands import appearance
 from input_pipeline import batches, split_validation
 from runtime import Display, plural, say_written
 from training.events import read_scalars
@@ -152,6 +153,7 @@ def make_trainer(session, report):
         report=report,
         draw=lambda: draw_examples(session.network, validation or data),
         summarize=lambda evaluation: summarize(evaluation, data),
+        description={appearance.KEY: appearance.measure_appearance(data).to_metadata()},
     )
 
 

@@ -99,8 +99,17 @@ def varied_network(image_shape=(28, 28, 1)):
     return network
 
 
-def save_checkpoint(folder, network, step=15, last_step=15, **training):
-    """Write a checkpoint of a network that was never trained, and return its metadata."""
+def save_checkpoint(folder, network, description=None, step=15, last_step=15, **training):
+    """Write a checkpoint of a network that was never trained, and return its metadata.
+
+    Args:
+        folder: of the checkpoints.
+        network: CapsNet.
+        description: what else is saved with the weights, see `Trainer`.
+        step: of the checkpoint.
+        last_step: of the run.
+        **training: settings of the run that are not the default ones.
+    """
     optimizer = keras.optimizers.Adam(name="adam")
     optimizer.build(network.trainable_variables)
     metadata = {
@@ -108,6 +117,7 @@ def save_checkpoint(folder, network, step=15, last_step=15, **training):
         "training": RUN | training,
         "step": step,
         "last_step": last_step,
+        **(description or {}),
     }
     checkpoints = Checkpoints(folder, network, optimizer, n_sums=4)
     checkpoints.save(RunState(step=step, sums=np.zeros(4)), metadata)

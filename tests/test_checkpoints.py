@@ -25,6 +25,7 @@ from training.checkpoints import (
     differences,
     load_weights,
     newest_intact,
+    newest_metadata,
     read_metadata,
     saved_steps,
 )
@@ -252,6 +253,20 @@ def test_instead_of_a_damaged_checkpoint_the_one_before_is_used_and_reported(run
     # Without its index it is what a kill while saving leaves: never finished, so not reported.
     report = [f"Checkpoint {folder}/ckpt-12 is damaged; trying the one before."]
     assert lines == ([] if damage is lose_index else 2 * report)
+
+
+@pytest.mark.parametrize("damage", [empty_index, lose_index])
+def test_the_newest_metadata_that_can_be_read_need_no_network(run_copy, tmp_path, damage):
+    folder = run_copy / "checkpoint"
+    assert newest_metadata(folder) == read_metadata(folder, 12)
+    damage_checkpoint(folder, 12, damage)
+    assert newest_metadata(folder) == read_metadata(folder, 10)
+    assert newest_metadata(folder)["step"] == 10
+    damage_checkpoint(folder, 10, empty_index)
+    with pytest.raises(DamagedCheckpoints):
+        newest_metadata(folder)
+    with pytest.raises(NoCheckpoint):
+        newest_metadata(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("damage", [flip, lose_index])

@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import shlex
@@ -26,18 +27,21 @@ import main
 import runtime
 from commands.evaluate import (
     accuracy_per_class,
+    confusion,
     digits_right,
     make_result,
     measure,
+    predictions_table,
     print_result,
     save_misclassified,
     save_multi_sheet,
+    scores_per_class,
     training_seconds,
 )
 from commands.evaluate import (
     test as run_test,
 )
-from input_pipeline import evaluation_plan
+from input_pipeline import Data, Plan, evaluation_plan
 from training.evaluation import Evaluation
 
 pytest_plugins = ["story_fixtures"]
@@ -77,6 +81,68 @@ def test_the_accuracy_of_a_class_counts_its_digits_wherever_they_are_in_a_pair()
     assert accuracy_per_class(SINGLE, CLASSES) == {"a": 0.0, "b": 1.0, "c": None, "d": None}
 
 
+def test_precision_recall_and_f1_of_a_class_are_counted_wherever_it_is_in_a_pair():
+    # Present: a 3, b 3, c 2. Predicted: a 2, b 3, c 3. Right: a 2, b 2, c 2.
+    scores = scores_per_class(PAIRS, CLASSES)
+    assert list(scores) == ["precision_per_class", "recall_per_class", "f1_per_class"]
+    precision, recall, f1 = scores.values()
+    assert precision == pytest.approx({"a": 1.0, "b": 2 / 3, "c": 2 / 3, "d": None})
+    assert recall == pytest.approx({"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None})
+    assert f1 == pytest.approx({"a": 4 / 5, "b": 2 / 3, "c": 4 / 5, "d": None})
+    # a: never predicted; c: predicted, and not in the test.
+    precision, recall, f1 = scores_per_class(SINGLE, CLASSES).values()
+    assert precision == {"a": None, "b": 1.0, "c": 0.0, "d": None}
+    assert recall == {"a": 0.0, "b": 1.0, "c": None, "d": None}
+    assert f1 == {"a": 0.0, "b": 1.0, "c": 0.0, "d": None}
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_scores_of_classes_are_those_counted_example_by_example(digits):
+    stream, names = np.random.default_rng(digits), tuple("abcdefg")
+    labels, predictions = (
+        np.array([stream.permutation(7)[:digits] for _ in range(200)]) for _ in range(2)
+    )
+    evaluation = SINGLE._replace(labels=labels, predictions=predictions)
+    precision, recall, f1 = scores_per_class(evaluation, names).values()
+    for number, name in enumerate(names):
+        hits = missed = false = 0
+        for present, predicted in zip(labels.tolist(), predictions.tolist(), strict=True):
+            hits += number in present and number in predicted
+            missed += number in present and number not in predicted
+            false += number in predicted and number not in present
+        assert precision[name] == pytest.approx(hits / (hits + false))
+        assert recall[name] == pytest.approx(hits / (hits + missed))
+        mean = 2 / (1 / precision[name] + 1 / recall[name])
+        assert f1[name] == pytest.approx(mean)
+    assert recall == pytest.approx(accuracy_per_class(evaluation, names))
+
+
+def test_the_confusion_counts_are_for_single_digits_with_the_true_classes_down():
+    rows = confusion(SINGLE, CLASSES)["confusion"]
+    assert rows == [[0, 0, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert confusion(PAIRS, CLASSES) == {}
+
+
+def test_the_table_of_predictions_has_a_row_for_each_image_or_for_its_first_pair():
+    scores = np.float32([[0.25, 0.5, 0.125, 0]] * 3)
+    data = Data(np.zeros((3, 2, 2, 1), np.uint8), np.array([1, 0, 1]), class_names=CLASSES)
+    plan = Plan(np.array([[0], [1], [2]]), np.zeros((3, 1, 2)))
+    header, rows = predictions_table(data, plan, SINGLE._replace(scores=scores))
+    lengths = ["length_a", "length_b", "length_c", "length_d"]
+    assert header == ["number", "label", "prediction", *lengths]
+    assert rows == [
+        [0, "b", "b", 0.25, 0.5, 0.125, 0],
+        [1, "a", "c", 0.25, 0.5, 0.125, 0],
+        [2, "b", "b", 0.25, 0.5, 0.125, 0],
+    ]
+    two = data._replace(images=data.images[:2], labels=data.labels[:2], overlap=True)
+    plan = Plan(np.array([[0, 1], [1, 0], [0, 1], [1, 0]]), np.zeros((4, 2, 2)))
+    header, rows = predictions_table(two, plan, PAIRS)
+    columns = ("number", "label", "prediction")
+    assert header == [*(f"{column}_{n}" for column in columns for n in (1, 2)), *lengths]
+    assert [row[:6] for row in rows] == [[0, 1, "a", "b", "b", "a"], [1, 0, "c", "a", "c", "b"]]
+
+
 @pytest.fixture
 def result_of(tmp_path, few, monkeypatch):
     """A function that makes the result of an Evaluation."""
@@ -113,6 +179,7 @@ def test_the_result_has_the_numbers_counted_by_hand(result_of):
     assert list(result) == [
         *("accuracy", "error_percent", "wrong", "images", "digit_accuracy"),
         *("margin_loss", "reconstruction_loss", "total_loss", "accuracy_per_class"),
+        *("precision_per_class", "recall_per_class", "f1_per_class"),
         *("images_per_second", "dataset", "checkpoint_step", "seed", "training"),
         *("training_seconds", "flags", "command", "machine", "commit", "date", "versions"),
     ]
@@ -252,6 +319,18 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
     for number, name in enumerate(few.class_names):
         share = expected[number, number] / expected[number].sum()
         assert written["accuracy_per_class"][name] == pytest.approx(share)
+    assert written["confusion"] == expected.tolist()
+    for number, name in enumerate(few.class_names):
+        guessed = expected[:, number].sum()
+        share = expected[number, number] / guessed if guessed else None
+        assert written["precision_per_class"][name] == pytest.approx(share)
+    with open(tmp_path / "logs/mnist/predictions.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["number", "label", "prediction", *(f"length_{k}" for k in range(10))]
+    columns = list(zip(*rows, strict=True))
+    assert columns[0] == tuple(map(str, range(200)))
+    assert columns[1] == tuple(map(str, few.y_test)) and columns[2] == tuple(map(str, predictions))
+    np.testing.assert_allclose(np.float64(columns[3:]).T, lengths, atol=1e-5)
     present = np.eye(10)[few.y_test]
     margin = present * np.maximum(0, 0.9 - lengths) ** 2
     margin += 0.5 * (1 - present) * np.maximum(0, lengths - 0.1) ** 2
@@ -264,7 +343,8 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
         "accuracy": (15, pytest.approx(written["accuracy"], rel=1e-6)),
     }
     assert (
-        "Wrote logs/mnist/test.json, samples/confusion_matrix.png, samples/misclassified.png\n"
+        "Wrote logs/mnist/test.json, logs/mnist/predictions.csv, "
+        "samples/confusion_matrix.png, samples/misclassified.png\n"
     ) in result.out
 
 

@@ -7,20 +7,32 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from story import FAST, assert_refused, decode, make_session, run, save_checkpoint, varied_network
+from story import (
+    FAST,
+    ROOT,
+    assert_refused,
+    decode,
+    load_all,
+    make_session,
+    run,
+    save_checkpoint,
+    varied_network,
+)
 
 import figures
 import main
 import utils
+from commands.appearance import KEY, compose_pairs, measure_appearance
 from commands.predict import (
     caption,
     classify,
+    in_words,
     matching_files,
     predict,
     read_images,
-    training_ground,
 )
 from errors import UserError
+from input_pipeline import Data
 
 pytest_plugins = ["story_fixtures"]
 
@@ -88,19 +100,10 @@ def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
 # ---------------------------------------------------------------- how they are read
 
 
-def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
-    dark = np.zeros((100, 5, 5, 1), np.uint8)
-    dark[:, 2, 2] = 255
-    assert training_ground(dark) == "dark"
-    assert training_ground(255 - dark) == "light"
-    for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
-        mixed = np.concatenate([255 - dark[:light], dark[light:]])
-        assert training_ground(mixed) == expected, light
-    # Of 3,000 images every third one is looked at.
-    many = np.concatenate([dark] * 30)
-    many[::3] = 255
-    assert training_ground(many) == "light"
-    assert training_ground(np.roll(many, 1, axis=0)) == "dark"
+def read(path, x_train):
+    """Read an image file for a network trained on images: the Pictures, and what failed."""
+    appearance = measure_appearance(Data(x_train, np.zeros(len(x_train), np.int32)))
+    return read_images([path], x_train.shape[1:], appearance)
 
 
 @pytest.mark.parametrize("light_training", [False, True, None])
@@ -108,17 +111,15 @@ def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
 def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
     tmp_path, few, light_training, light_image
 ):
-    session = make_session(*FAST)
     x_train = few.x_train.copy()
     if light_training is None:
         x_train[::2] = 255 - x_train[::2]
     elif light_training:
         x_train = 255 - x_train
-    session.train_data = session.train_data._replace(images=x_train)
     digit = few.x_test[0, ..., 0]
     image = 255 - digit if light_image else digit
     save(tmp_path / "digit.png", image)
-    (picture,), failed = read_images(session, [tmp_path / "digit.png"])
+    (picture,), failed = read(tmp_path / "digit.png", x_train)
     inverted = light_training is not None and light_training != light_image
     assert picture.path == tmp_path / "digit.png"
     assert picture.done == ("inverted" if inverted else "as it was")
@@ -127,13 +128,10 @@ def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
     assert failed == []
 
 
-def test_colour_images_are_never_inverted(tmp_path, few):
-    session = make_session(*FAST)
+def test_colour_images_are_never_inverted(tmp_path):
     dark = np.zeros((10, 28, 28, 3), np.uint8)
-    session.train_data = session.train_data._replace(images=dark)
-    session.test_data = session.test_data._replace(images=dark)
     save(tmp_path / "light.png", np.full((28, 28, 3), (250, 240, 230), np.uint8))
-    (picture,), _ = read_images(session, [tmp_path / "light.png"])
+    (picture,), _ = read(tmp_path / "light.png", dark)
     assert picture.done == "as it was" and picture.image[0, 0].tolist() == [250, 240, 230]
 
 
@@ -146,7 +144,7 @@ def test_the_ink_of_an_image_is_placed_as_the_training_images_have_it(tmp_path, 
     digit = few.x_test[4, ..., 0]
     grey = enlarged(digit)
     save(tmp_path / "a.png", np.stack([grey, grey, grey // 2 + 127], -1))
-    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    (picture,), _ = read(tmp_path / "a.png", few.x_train)
     words = re.fullmatch(
         r"ink of (\d+)×(\d+) pixels taken off light paper of 252×84, scaled and centred",
         picture.done,
@@ -165,7 +163,7 @@ def test_the_ink_of_an_image_is_placed_as_the_training_images_have_it(tmp_path, 
 
 def test_ink_on_dark_paper_is_said_to_be_so(tmp_path, few):
     save(tmp_path / "a.png", 255 - enlarged(few.x_test[4, ..., 0]))
-    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    (picture,), _ = read(tmp_path / "a.png", few.x_train)
     assert "off dark paper of 252×84" in picture.done
 
 
@@ -180,12 +178,9 @@ def test_an_image_is_fitted_as_a_whole_if_the_training_images_are_no_ink(tmp_pat
             image[: stream.integers(20, 29), 4 : stream.integers(18, 25)] = 180
     else:
         images = few.x_train[:100].repeat(3, -1)
-    session = make_session(*FAST)
-    session.train_data = session.train_data._replace(images=images)
-    session.test_data = session.test_data._replace(images=images)
     page = enlarged(few.x_test[4, ..., 0])
     save(tmp_path / "a.png", page)
-    (picture,), _ = read_images(session, [tmp_path / "a.png"])
+    (picture,), _ = read(tmp_path / "a.png", images)
     whole, words = utils.fit_image(page[..., None], images.shape[1:], kind == "clothes")
     assert picture.done == words and "filled up at its edges, resized from 252×84" in words
     np.testing.assert_array_equal(picture.image, whole)
@@ -193,7 +188,7 @@ def test_an_image_is_fitted_as_a_whole_if_the_training_images_are_no_ink(tmp_pat
 
 def test_a_page_without_ink_is_fitted_as_a_whole(tmp_path, few):
     save(tmp_path / "a.png", np.full((60, 90), 230, np.uint8))
-    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    (picture,), _ = read(tmp_path / "a.png", few.x_train)
     assert picture.done == "inverted, filled up at its edges, resized from 90×60"
     assert (picture.image == 25).all()
 
@@ -202,7 +197,7 @@ def test_a_large_file_is_kept_small_for_the_sheet(tmp_path, few):
     page = np.full((600, 900, 3), (240, 230, 200), np.uint8)
     page[200:400, 300:320] = (20, 40, 160)
     save(tmp_path / "a.png", page)
-    (picture,), _ = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    (picture,), _ = read(tmp_path / "a.png", few.x_train)
     height, width, channels = picture.original.shape
     assert channels == 3 and width < 300 and abs(height / width - 2 / 3) < 0.01
     assert picture.original[0, 0].tolist() == [240, 230, 200]
@@ -214,7 +209,18 @@ def test_the_classes_of_images_are_those_of_the_network(few):
     expected, capsules = (part.numpy() for part in network(few.x_test[:6] / np.float32(255)))
     np.testing.assert_allclose(lengths, expected, atol=1e-6)
     of_longest = decode(network, capsules, expected.argmax(axis=1))
-    np.testing.assert_allclose(decoded, of_longest, atol=1e-5)
+    np.testing.assert_allclose(decoded[:, 0], of_longest, atol=1e-5)
+    _, decoded = classify(network, few.x_test[:6], digits=2)
+    assert decoded.shape == (6, 2, 28, 28, 1)
+    for place in (0, 1):
+        of_place = decode(network, capsules, np.argsort(-expected, axis=1)[:, place])
+        np.testing.assert_allclose(decoded[:, place], of_place, atol=1e-5)
+
+
+def test_of_pairs_the_two_longest_capsules_are_named_first():
+    best = [("7", 0.912), ("1", 0.5), ("9", 0.25)]
+    assert in_words(best, 1) == "7: 0.912, 1: 0.500, 9: 0.250"
+    assert in_words(best, 2) == "7 and 1 (7: 0.912, 1: 0.500, 9: 0.250)"
 
 
 def test_a_caption_is_the_name_of_the_file_and_the_classes_with_their_lengths():
@@ -259,7 +265,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
     np.testing.assert_array_equal(originals[20], 255 - images[20])
     np.testing.assert_array_equal(shown, images)
     of_longest = decode(network, capsules, lengths.argmax(axis=1))
-    np.testing.assert_allclose(reconstructions, of_longest, atol=1e-4)
+    np.testing.assert_allclose(np.stack(reconstructions)[:, 0], of_longest, atol=1e-4)
     first = np.argsort(-lengths[20])[0]
     assert captions[20][0] == "20.png" and captions[20][1].startswith(
         f"{first}: {lengths[20, first]:.2f}"
@@ -294,7 +300,7 @@ def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypat
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "a.png", few.x_test[0, ..., 0])
     session = make_session(*FAST, "--predict=a.png")
-    session.dataset = session.dataset._replace(class_names=("cat", "dog"))
+    session.class_names = ("cat", "dog")
     session.network = Stub()
     predict(session)
     head, row = read_csv("samples/predictions.csv")
@@ -304,6 +310,8 @@ def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypat
 
 class Stub:
     """A network of two classes that says the same of every image."""
+
+    settings = {"image_shape": (28, 28, 1)}
 
     def __call__(self, images):
         lengths = np.tile(np.float32([0.25, 0.75]), (len(images), 1))
@@ -349,7 +357,46 @@ def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
 
 def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
-    pictures, failed = read_images(make_session(*FAST), [tmp_path / "a.png"])
+    pictures, failed = read(tmp_path / "a.png", few.x_train)
     assert pictures == [] and len(failed) == 1 and "a.png" in failed[0]
     with pytest.raises(UserError, match="matches no file"):
         matching_files(str(tmp_path / "b.png"))
+
+
+def test_files_are_predicted_without_the_data_set(tmp_path, all_images):
+    save(tmp_path / "a.png", enlarged(load_all("mnist", ROOT / "data").x_test[4, ..., 0]))
+    words = ["--predict=a.png", "--pretrained", "--data_dir=nonexistent"]
+    result = run(tmp_path, *words)
+    assert (result.code, result.err) == (0, "")
+    assert "taken off light paper of 252×84, scaled and centred): 4: 0.9" in result.out
+    assert_refused(run(tmp_path, "--test", *words), 1, "nonexistent/mnist")
+
+
+def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatch):
+    network = varied_network((36, 36, 1))
+    data = make_session(*FAST, "--multi_MNIST").train_data
+    description = {KEY: measure_appearance(data).to_metadata()}
+    names = list("abcdefghij")
+    folder = tmp_path / "multi_checkpoint/multi_mnist"
+    save_checkpoint(folder, network, description, class_names=names)
+    pair = compose_pairs(data)[3]
+    save(tmp_path / "a.png", pair[..., 0])
+    drawn = []
+    monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
+    monkeypatch.setattr(utils, "load_dataset", None)  # not needed
+    result = run(tmp_path, "--predict=a.png", "--multi_MNIST", *FAST)
+    assert (result.code, result.err) == (0, "")
+    lengths, capsules = (part.numpy() for part in network(pair[None] / np.float32(255)))
+    longest = np.argsort(-lengths[0])[:3]
+    scores = ", ".join(f"{names[k]}: {lengths[0, k]:.3f}" for k in longest)
+    first, second, _ = (names[k] for k in longest)
+    assert f"\na.png (as it was): {first} and {second} ({scores})\n" in result.out
+    head, row = read_csv(tmp_path / "samples/predictions.csv")
+    assert head == [
+        *("file", "done", "class_1", "length_1", "class_2", "length_2", "class_3", "length_3")
+    ]
+    assert row[2::2] == [names[k] for k in longest]
+    np.testing.assert_array_equal(drawn[2][0], pair)
+    for place in (0, 1):
+        expected = decode(network, capsules, longest[place : place + 1])
+        np.testing.assert_allclose(drawn[3][0][place], expected[0], atol=1e-4)

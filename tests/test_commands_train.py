@@ -126,6 +126,7 @@ def test_the_examining_modes_write_these_files_and_no_others(story):
         "samples/confusion_matrix.png",
         "samples/misclassified.png",
         "logs/mnist/test.json",
+        "logs/mnist/predictions.csv",
     }
     events = {
         f"logs/mnist/test/events.out.tfevents.{name}"
@@ -179,6 +180,7 @@ def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
         f"logs/multi_mnist/test/events.out.tfevents.{name}"
         for name in ("evaluation", "reconstructions", "tweaks")
     }
+    new.add("logs/multi_mnist/predictions.csv")
     assert pairs.files["examined"] - pairs.files["trained"] == new
     result = json.loads((pairs.folder / "logs/multi_mnist/test.json").read_text())
     assert (result["images"], result["dataset"]) == (200, "multi_mnist")

@@ -317,7 +317,9 @@ def test_predictions_are_triples_below_their_captions(pages):
     originals = [np.full((9 + n, 50, 1), n, np.uint8) for n in range(42)]
     captions = [[f"{n}.png", f"{n % 10}: 0.9"] for n in range(42)]
     # The command collects lists.
-    figures.save_predictions(None, originals, list(images), list(reconstructions / 255), captions)
+    figures.save_predictions(
+        None, originals, list(images), list(reconstructions[:, None] / 255), captions
+    )
     (page,) = pages
     assert page.title == "Predictions for 42 images, the first 40"
     assert page.note.startswith("the file, the image as the network gets it, and its recon")
@@ -332,9 +334,23 @@ def test_predictions_are_triples_below_their_captions(pages):
         assert lines_above(page, y, x, width, 2) == [(line, INK) for line in captions[n]]
     assert places(page.contents, images[40]) == []
     for count, title in ((40, "Predictions for 40 images"), (1, "Predictions for 1 image")):
-        parts = originals[:count], images[:count], reconstructions[:count], captions[:count]
+        parts = originals[:count], images[:count], reconstructions[:count, None], captions[:count]
         figures.save_predictions(None, *parts)
         assert pages[-1].title == title
+
+
+def test_predictions_of_pairs_have_both_reconstructions(pages):
+    images, reconstructions = noise(5), noise(5, 2, seed=1)
+    captions = [["a.png", "0: 0.9"]] * 5
+    figures.save_predictions(None, images, images, list(reconstructions), captions)
+    (page,) = pages
+    assert page.note.endswith("its reconstructions from the 2 longest capsules")
+    width = 4 * 112 + 3 * SEAM
+    for n in range(5):
+        y, x = 2 * LINE + n // 3 * (112 + 3 * LINE), n % 3 * (width + GAP)
+        for place in (0, 1):
+            left = x + (2 + place) * (112 + SEAM)
+            assert places(page.contents, reconstructions[n, place]) == [(y, left)]
 
 
 @pytest.mark.parametrize("side", [28, 36])  # 36 is enlarged by 3
@@ -344,7 +360,7 @@ def test_a_file_of_any_size_keeps_its_proportions_in_a_tile_as_large_as_the_othe
     for (height, width), (rows, columns) in sizes.items():
         original = np.full((height, width, 3), (200, 30, 60), np.uint8)
         image = np.zeros((1, side, side, 1), np.uint8)
-        figures.save_predictions(None, [original], image, image, [["a"]])
+        figures.save_predictions(None, [original], image, image[:, None], [["a"]])
         contents = pages[-1].contents
         assert contents.shape == (LINE + tile, 3 * tile + 2 * SEAM, 3)
         shown = contents[LINE:, :tile]
@@ -360,7 +376,7 @@ def test_a_file_of_any_size_keeps_its_proportions_in_a_tile_as_large_as_the_othe
 
 def test_a_small_file_is_enlarged_in_squares_and_keeps_its_colours(pages):
     original = np.random.default_rng(2).integers(0, 256, (28, 28, 3), np.uint8)
-    figures.save_predictions(None, [original], noise(1), noise(1), [["a"]])
+    figures.save_predictions(None, [original], noise(1), noise(1, 1), [["a"]])
     shown = pages[-1].contents[LINE:, :112]
     for y, x in np.ndindex(28, 28):
         square = shown[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
@@ -545,7 +561,7 @@ def draw_all(path, names):
     yield
     figures.save_multi(path, "Pairs", images, several, pairs, pairs, names)
     yield
-    figures.save_predictions(path, images, images, images, captions)
+    figures.save_predictions(path, images, images, several, captions)
     yield
     figures.save_confusion_matrix(path, matrix, names)
     yield

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,7 +265,6 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
         (["--restart"], "needs --train"),
         (["--test", "--multi_test_pairs=2"], "needs --multi_MNIST"),
         (["--train", "--multi_MNIST", "--multi_test_pairs=2"], "and --test"),
-        (["--predict=a.png", "--multi_MNIST"], "single digits"),
         (["--train", "--pretrained"], "cannot be combined with --train"),
         (["--test", "--pretrained", "--validation_check"], "cannot be combined"),
         (["--train", "--validation_check", "--train_size=5"], "--train_size"),
@@ -309,6 +309,19 @@ def test_a_folder_of_images_is_a_data_set(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     for name in (tmp_path / "mine", "~/mine"):
         assert main.parse(["main.py", f"--dataset={name}"]).dataset == f"{tmp_path}/mine"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_folder_of_images_may_be_gone_once_there_are_weights(tmp_path, monkeypatch, pairs):
+    monkeypatch.chdir(tmp_path)
+    words = ["main.py", "--dataset=in/gone", "--predict=a.png", f"--multi_MNIST={pairs}"]
+    with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):
+        main.parse(words)
+    Path("multi_checkpoint/multi_gone" if pairs else "checkpoint/gone").mkdir(parents=True)
+    assert main.parse(words).dataset == "in/gone"
+    for mode in "train", "test":
+        with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):
+            main.parse([*words, f"--{mode}"])
 
 
 # ---------------------------------------------------------------- dispatch and exit codes

@@ -14,6 +14,7 @@ from story import (
     make_session,
     run,
     save_checkpoint,
+    small_network,
 )
 
 import commands.session
@@ -21,9 +22,10 @@ import commands.train
 import main
 import runtime
 import utils
+from commands.appearance import KEY, measure_appearance
 from commands.session import Session
 from commands.train import make_trainer
-from errors import UsageError
+from errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError
 
 pytest_plugins = ["story_fixtures"]
 
@@ -277,10 +279,10 @@ def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is
         utils, "load_dataset", lambda name, folder: asked.append((name, str(folder))) or few
     )
     monkeypatch.chdir(tmp_path)
-    session_of()
-    session_of("--data_dir=mine", "--dataset=kmnist")
+    assert session_of().dataset is few
+    assert session_of("--data_dir=mine", "--dataset=kmnist").dataset is few
     (tmp_path / "data").mkdir()
-    session_of()
+    assert session_of().dataset is few
     assert asked == [("mnist", str(ROOT / "data")), ("kmnist", "mine"), ("mnist", "data")]
 
 
@@ -313,6 +315,79 @@ def test_weights_of_other_images_are_announced(saved, few, capsys):
     save_checkpoint(Path("checkpoint/mnist"), saved, **size)
     session_of(*FAST, "--test").load()  # of the first seven, and these are there
     assert "other images" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Make every attempt to read a data set fail."""
+
+    def fail(name, folder):
+        raise DataFileError(folder, "no such file", name)
+
+    monkeypatch.setattr(utils, "load_dataset", fail)
+
+
+@pytest.mark.parametrize("word", ["--predict=x", "--export=new"])
+def test_predicting_and_exporting_need_the_weights_alone(saved, no_data, word, capsys):
+    names, style = tuple("abcdefghij"), {"ink_style": None, "ground": "light"}
+    save_checkpoint(Path("checkpoint/mnist"), saved, {KEY: style}, class_names=list(names))
+    session = session_of(*FAST, word)
+    session.load()
+    for value, expected in zip(session.network.get_weights(), saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert session.class_names == names and session.digits_per_example == 1
+    assert session.appearance == (None, "light")
+    assert capsys.readouterr().out == "Weights of step 15 from checkpoint/mnist\n"
+
+
+@pytest.mark.parametrize("mode", ["test", "reconstruction_test", "tweak_test"])
+def test_other_modes_read_the_data_set(saved, no_data, mode):
+    with pytest.raises(DataFileError):
+        session_of(*FAST, f"--{mode}", "--predict=x").load()
+
+
+def test_the_network_has_the_images_and_classes_of_its_weights(tmp_path, no_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = small_network((20, 24, 3), 4)
+    save_checkpoint(Path("checkpoint/mnist"), network, class_names=list("abcd"))
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert session.network.settings["image_shape"] == (20, 24, 3)
+    assert session.network.settings["n_classes"] == 4
+    with pytest.raises(NetworkMismatch, match="n_conv is 8 there and 9 here"):
+        session_of(*FAST, "--predict=x", "--n_conv=9").load()
+    with pytest.raises(NoCheckpoint, match="elsewhere"):
+        session_of(*FAST, "--predict=x", "--checkpoint_dir=elsewhere").load()
+
+
+def test_older_weights_take_the_look_of_the_data_set_if_it_is_there(saved, few, capsys):
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    expected = measure_appearance(session_of(*FAST).train_data)
+    assert session.appearance == expected and expected.ink_style is not None
+    save_checkpoint(Path("checkpoint/mnist"), saved, data=session.digest(7))
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert "other images" not in capsys.readouterr().out  # before the data are needed
+    assert session.appearance == expected
+    assert "other images" in capsys.readouterr().out
+
+
+def test_older_weights_without_their_data_set_say_that_files_are_only_fitted(
+    saved, no_data, capsys
+):
+    save_checkpoint(Path("checkpoint/mnist"), saved, dataset="mnist")
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    assert session.class_names == tuple("0123456789")
+    assert session.appearance == (None, None)
+    out = capsys.readouterr().out
+    assert "do not say how their training images look" in out and "fitted as a whole" in out
+    save_checkpoint(Path("checkpoint/mnist"), saved)  # and they do not name their classes either
+    session = session_of(*FAST, "--predict=x")
+    session.load()
+    with pytest.raises(DataFileError):
+        print(session.class_names)
 
 
 def test_weights_for_other_classes_are_refused(tmp_path, saved):
@@ -383,7 +458,7 @@ def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few
     np.savez("own.npz", 0)
     for words in [], ["--multi_MNIST"], ["--dataset=./own.npz"]:
         with pytest.raises(KeyError):  # these are no metadata
-            session_of(*FAST, "--pretrained", *words).load()
+            session_of(*FAST, "--pretrained", "--test", *words).load()
     names = [str(path.relative_to(ROOT / "pretrained")) for path in sought]
     assert names == ["mnist", "multi_mnist", "._own.npz"]
 

@@ -778,3 +778,21 @@ def test_a_small_capsule_network_learns_4000_digits_and_reads_nine_of_ten_unseen
 
 def test_the_classes_of_the_tiny_network_are_those_of_its_data():
     assert blobs(6).class_names == CLASSES and set(blobs(6).labels) == {0, 1, 2}
+
+
+def test_a_description_is_saved_with_the_weights_and_does_not_keep_a_run_from_resuming(tmp_path):
+    def trainer_with(description):
+        trainer = trainer_in(tmp_path)
+        trainer.description = description
+        return trainer
+
+    crash(trainer_with({"appearance": "bright"}), 7)
+    assert read_metadata(tmp_path / "checkpoint", 6)["appearance"] == "bright"
+    resumed = trainer_with({"appearance": "dark"})
+    resumed.fit(2, 5)
+    assert resumed.resumed_step == 6
+    metadata = read_metadata(tmp_path / "checkpoint", 12)
+    assert list(metadata) == ["shape", "training", "appearance", "step", "last_step"]
+    assert metadata["appearance"] == "dark"
+    (best,) = saved_steps(tmp_path / "best")
+    assert read_metadata(tmp_path / "best", best)["appearance"] in ("bright", "dark")

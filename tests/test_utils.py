@@ -823,3 +823,18 @@ def test_classes_and_data_sets_are_named_so_that_every_file_can_hold_the_names(t
         Image.new("L", (20, 20)).save(folder / split / os.fsdecode(name) / "1.png")
     dataset = utils.load_dataset(str(folder), "")
     assert dataset.name == "set\\xff" and set(dataset.class_names) == {"\\xfe", "猫"}
+
+
+def test_a_data_set_has_the_name_that_is_known_without_loading_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.zeros((4, 5, 5), np.uint8), np.arange(4) % 2
+    np.savez("own.v1.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for split, name in itertools.product(("train", "test"), "ab"):
+        path = Path("pics.npz", split, name, "1.png")
+        path.parent.mkdir(parents=True)
+        Image.fromarray(images[0]).save(path)
+    monkeypatch.chdir("pics.npz/train")
+    for path, name in ("../../own.v1.npz", "own.v1"), ("../../pics.npz", "pics.npz"):
+        assert utils.dataset_name(path) == utils.load_dataset(path, None).name == name
+    assert utils.dataset_name("..") == utils.load_dataset("..", None).name == "pics.npz"
+    assert utils.dataset_name("kmnist") == "kmnist"

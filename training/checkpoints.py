@@ -326,6 +326,22 @@ def differences(old, new):
     )
 
 
+def newest_metadata(folder):
+    """Return the metadata of the newest checkpoint of a folder of which they can be read.
+
+    Raises:
+        NoCheckpoint: there is none.
+        DamagedCheckpoints: all are damaged.
+        NetworkMismatch: it was saved without any.
+    """
+    metadata, _ = newest_intact(
+        folder, lambda step: read_metadata(folder, step), report=lambda line: None
+    )
+    if metadata is None:
+        raise NoCheckpoint(folder)
+    return metadata
+
+
 def load_weights(network, folder, report):
     """Restore the weights of the newest intact checkpoint of a folder.
 

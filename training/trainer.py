@@ -58,6 +58,7 @@ class Trainer:
         report: takes a line of text for the user.
         draw: returns pictures (H, W, C) by their tags, drawn after each epoch; or None.
         summarize: takes the Evaluation of `validation` and writes more summaries of it; or None.
+        description: dict that is saved with the weights; a resumed run may have another one.
 
     Attributes:
         state: RunState.
@@ -81,6 +82,7 @@ class Trainer:
         report=print,
         draw=None,
         summarize=None,
+        description=None,
     ):
         self.network, self.data, self.config = network, data, config
         self.folders, self.validation, self.report = folders, validation, report
@@ -95,6 +97,7 @@ class Trainer:
             "shape": network.architecture,
             "training": config._asdict() | metadata,
         }
+        self.description = description or {}
         with self.strategy.scope():
             self.optimizer = make_optimizer(config, network.trainable_variables)
         self.train_step = compile_step(network, self.optimizer, config, self.strategy, jit)
@@ -267,7 +270,8 @@ class Trainer:
 
     def _metadata_at(self, last_step):
         """Return the metadata of a checkpoint of this step."""
-        return self.metadata | {"step": self.state.step, "last_step": last_step}
+        steps = {"step": self.state.step, "last_step": last_step}
+        return self.metadata | self.description | steps
 
     def _save(self, context):
         """Write a checkpoint, unless a weight is not finite."""

@@ -1,0 +1,103 @@
+import json
+
+import numpy as np
+import pytest
+from story import compose_slowly
+
+import ink
+from commands.appearance import (
+    KEY,
+    PLAIN,
+    Appearance,
+    appearance_from,
+    compose_pairs,
+    ground_of,
+    measure_appearance,
+    training_ground,
+)
+from input_pipeline import Data
+
+pytest_plugins = ["story_fixtures"]
+
+
+def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
+    dark = np.zeros((100, 5, 5, 1), np.uint8)
+    dark[:, 2, 2] = 255
+    assert training_ground(dark) == "dark"
+    assert training_ground(255 - dark) == "light"
+    for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
+        mixed = np.concatenate([255 - dark[:light], dark[light:]])
+        assert training_ground(mixed) == expected, light
+    # Of 3,000 images every third one is looked at.
+    many = np.concatenate([dark] * 30)
+    many[::3] = 255
+    assert training_ground(many) == "light"
+    assert training_ground(np.roll(many, 1, axis=0)) == "dark"
+    assert [ground_of(dark[0]), ground_of(255 - dark[0])] == ["dark", "light"]
+
+
+@pytest.fixture
+def digits(few):
+    return Data(few.x_train, few.y_train)
+
+
+@pytest.fixture
+def pairs(digits):
+    return digits._replace(padding=4, max_shift=4, overlap=True)
+
+
+def test_the_appearance_of_digits_is_their_style_and_their_ground(digits):
+    expected = ink.measure_style(digits.images)
+    assert expected is not None
+    assert measure_appearance(digits) == Appearance(expected, "dark")
+    inverted = digits._replace(images=255 - digits.images)
+    style, ground = measure_appearance(inverted)
+    assert not style.light_ink and ground == "light"
+
+
+def test_images_in_colour_are_taken_as_they_are(digits):
+    colours = digits._replace(images=digits.images.repeat(3, -1))
+    assert measure_appearance(colours) == PLAIN == (None, None)
+
+
+def test_the_pairs_that_are_measured_are_those_of_an_evaluation(pairs):
+    composed = compose_pairs(pairs)
+    expected = compose_slowly(pairs.images, pairs.evaluation_plan(), 4)
+    assert composed.shape == (400, 36, 36, 1) and composed.dtype == np.uint8
+    assert np.abs(composed - 255 * expected).max() <= 0.51
+
+
+def test_the_ink_of_pairs_is_as_large_and_placed_as_in_most_pairs(pairs, digits):
+    single, (style, ground) = ink.measure_style(digits.images), measure_appearance(pairs)
+    assert ground == "dark" and style.light_ink and style.stroke == single.stroke
+    sides, middles = [], []
+    for image in compose_pairs(pairs)[..., 0]:
+        rows, columns = (np.flatnonzero((image > 51).any(axis=axis)) for axis in (1, 0))
+        sides.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+        middles.append([(rows[0] + rows[-1]) / 2 - 17.5, (columns[0] + columns[-1]) / 2 - 17.5])
+    assert single.box == 20 < style.box == round(np.median(sides)) < 28
+    if not style.by_mass:
+        np.testing.assert_allclose(style.offset, np.mean(middles, axis=0), atol=0.05)
+    assert np.abs(style.offset).max() < 1 and 1 < style.tolerance < 8
+
+
+def test_nearly_all_pairs_of_the_training_are_left_as_they_are(pairs):
+    style, _ = measure_appearance(pairs)
+    composed = compose_pairs(pairs)
+    assert np.mean([ink.follows(image, style) for image in composed]) > 0.95
+    small = np.zeros((36, 36, 1), np.uint8)
+    small[2:7, 2:5] = 255
+    assert not ink.follows(small, style)
+
+
+def test_pairs_of_dark_ink_have_no_style_as_they_are_added_up(pairs):
+    inverted = pairs._replace(images=255 - pairs.images)
+    assert measure_appearance(inverted).ink_style is None
+
+
+def test_an_appearance_is_the_same_after_it_was_kept_as_json(digits, pairs):
+    for data in (digits, pairs, digits._replace(images=digits.images.repeat(3, -1))):
+        appearance = measure_appearance(data)
+        kept = json.loads(json.dumps({KEY: appearance.to_metadata()}))
+        assert appearance_from(kept) == appearance
+    assert appearance_from({"shape": {}, "training": {}}) is None
