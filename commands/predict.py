@@ -11,6 +11,7 @@ from PIL import Image
 import figures
 import ink
 import utils
+from datasets import common_ground
 from errors import UserError
 from model import CHUNK_SIZE
 from runtime import say_written
@@ -89,8 +90,13 @@ def read_images(session, paths):
         The Pictures of the files that can be read, and the errors of the others.
     """
     shape = session.test_data.canvas_shape()
+    if shape[-1] not in (1, 3):
+        raise UserError(
+            f"--predict reads pictures, grey or in colour, and the network takes images of "
+            f"{shape[-1]} channels, expected one of 1 or 3"
+        )
     style = ink.measure_style(session.train_data.images)
-    ground = training_ground(session.train_data.images) if shape[-1] == 1 else None
+    ground = common_ground(session.train_data.images) if shape[-1] == 1 else None
     pictures, failed = [], []
     for path in paths:
         try:
@@ -144,20 +150,6 @@ def thumbnail(image):
 def ground_of(image):
     """Tell whether an image is "light" or "dark" at its edges."""
     return "light" if utils.is_dark_on_light(image) else "dark"
-
-
-def training_ground(images):
-    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
-
-    The edges of photographs are light or dark by chance, so those are not inverted.
-    """
-    sample = images[:: max(1, len(images) // 1000)]
-    light = np.mean([utils.is_dark_on_light(image) for image in sample])
-    if light > 0.95:
-        return "light"
-    if light < 0.05:
-        return "dark"
-    return None
 
 
 def classify(network, images):

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 import config
+import datasets
 import runtime
-import utils
 from commands.pretrained import load_pretrained
 from errors import UsageError, UserError
 from input_pipeline import Data
@@ -52,16 +52,35 @@ class Session:
         self.conv = runtime.fastest_conv() if flags.conv == "auto" else flags.conv
         fast = gpu or self.conv == "dft"
         self.jit = fast if flags.jit == "auto" else flags.jit == "on"
-        self.dataset = utils.load_dataset(flags.dataset, data_folder(flags))
+        self.dataset = self._load_dataset()
         self.name = f"multi_{self.dataset.name}" if flags.multi_MNIST else self.dataset.name
         # More images than there are is the same run as all of them.
         self.train_size = flags.train_size if flags.train_size < len(self.dataset.y_train) else 0
-        self.train_data, self.test_data = self._compose()
+        self.train_data, self.test_data, self.validation_data = self._compose()
         self.folders = self._name_folders()
         self.metadata = None  # of the weights, once they are loaded
 
+    def _load_dataset(self):
+        """Load the data set, and print what was changed in it."""
+        flags = self.flags
+        dataset = datasets.load_dataset(
+            flags.dataset, data_folder(flags), image_size(flags.image_size), flags.seed
+        )
+        if flags.multi_MNIST:
+            dataset = datasets.remove_ground(dataset)
+        if dataset.x_validation is not None:
+            count = f"{dataset.name}: {len(dataset.y_validation)} images of its own to validate"
+            unused = "" if flags.validation_check else ", which only --validation_check uses"
+            dataset = dataset.with_note(count + unused)
+        if self.chief and dataset.notes:
+            print("\n".join(dataset.notes), flush=True)
+        return dataset
+
     def _compose(self):
-        """Return the Data of training and test (sections 5 and 6)."""
+        """Return the Data of training, test and validation (sections 5 and 6).
+
+        That of validation is None if the data set has no images for it.
+        """
         flags, dataset = self.flags, self.dataset
         size = self.train_size or None
         if flags.multi_MNIST:
@@ -72,9 +91,18 @@ class Session:
             train_shift = config.MAX_SHIFT if flags.data_deformation else 0
         names, overlap = dataset.class_names, flags.multi_MNIST
         train, labels = dataset.x_train[:size], dataset.y_train[:size]
+        ground = None
+        if train_shift and not overlap:
+            ground = datasets.even_ground(dataset.x_train)
+        validation = None
+        if dataset.x_validation is not None:
+            validation = Data(
+                dataset.x_validation, dataset.y_validation, padding, test_shift, overlap, names
+            )
         return (
-            Data(train, labels, padding, train_shift, overlap, names),
+            Data(train, labels, padding, train_shift, overlap, names, ground),
             Data(dataset.x_test, dataset.y_test, padding, test_shift, overlap, names),
+            validation,
         )
 
     def _name_folders(self):
@@ -111,10 +139,8 @@ class Session:
 
     def digest(self, train_size):
         """Return a fingerprint of the first `train_size` training images, or of all (0)."""
-        digest = hashlib.sha256()
-        for part in (self.dataset.x_train, self.dataset.y_train):
-            digest.update(np.ascontiguousarray(part[: train_size or None]))
-        return digest.hexdigest()[:16]
+        kept = slice(train_size or None)
+        return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
 
     def load(self):
         """Restore the weights to examine, and print where they come from.
@@ -144,7 +170,7 @@ class Session:
 
     def _pretrained_folder(self):
         """Return the folder of the weights that come with the program for the data set."""
-        if self.flags.dataset in utils.CLASS_NAMES:
+        if self.flags.dataset in datasets.CLASS_NAMES:
             return runtime.ROOT / "pretrained" / self.name
         return runtime.ROOT / "pretrained" / self.flags.dataset.replace(os.sep, "_")
 
@@ -152,6 +178,19 @@ class Session:
         """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""
         with replacing_events(self.folders.logs / "test", name, self.metadata["step"]):
             tf.summary.image(name, picture[None])
+
+
+def fingerprint(images, labels):
+    """Return a fingerprint of images and their labels."""
+    digest = hashlib.sha256()
+    for part in (images, labels):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
+
+
+def image_size(text):
+    """Return the (H, W) that a text such as "32x48" says, None if it is empty."""
+    return tuple(map(int, text.split("x"))) if text else None
 
 
 def data_folder(flags):

@@ -18,7 +18,6 @@ from commands.predict import (
     matching_files,
     predict,
     read_images,
-    training_ground,
 )
 from errors import UserError
 
@@ -81,21 +80,6 @@ def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
 
 
 # ---------------------------------------------------------------- how they are read
-
-
-def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
-    dark = np.zeros((100, 5, 5, 1), np.uint8)
-    dark[:, 2, 2] = 255
-    assert training_ground(dark) == "dark"
-    assert training_ground(255 - dark) == "light"
-    for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
-        mixed = np.concatenate([255 - dark[:light], dark[light:]])
-        assert training_ground(mixed) == expected, light
-    # Of 3,000 images every third one is looked at.
-    many = np.concatenate([dark] * 30)
-    many[::3] = 255
-    assert training_ground(many) == "light"
-    assert training_ground(np.roll(many, 1, axis=0)) == "dark"
 
 
 @pytest.mark.parametrize("light_training", [False, True, None])

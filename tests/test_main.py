@@ -29,12 +29,12 @@ import commands.pictures
 import commands.predict
 import commands.session
 import commands.train
+import datasets
 import errors
 import main
 import results
 import runtime
 import training.distribution
-import utils
 from training.folders import claim, folder_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
@@ -462,9 +462,9 @@ def test_help_is_printed_whatever_the_encoding_of_the_terminal(monkeypatch):
 
 
 def small_images(folder, patch):
-    part = utils.load_dataset("mnist", None)
+    part = datasets.load_dataset("mnist", None)
     small = part._replace(x_train=part.x_train[:, :16], x_test=part.x_test[:, :16])
-    patch.setattr(utils, "load_dataset", lambda name, folder: small)
+    patch.setattr(datasets, "load_dataset", lambda *_, **__: small)
 
 
 def damaged_checkpoint(folder, patch):
@@ -566,7 +566,7 @@ def test_advice_for_files_of_a_data_set_is_to_download_it_again():
 def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
     here = "--data_dir=data"
     missing = run(tmp_path, "--train", here)
     assert_refused(missing, 1, "train-images-idx3-ubyte.gz", "; run: python download.py mnist\n")

@@ -9,9 +9,9 @@ from story import FAST, ROOT, assert_refused, load_all, make_session, run, save_
 
 import commands.session
 import commands.train
+import datasets
 import main
 import runtime
-import utils
 from commands.session import Session
 from commands.train import make_trainer
 from errors import UsageError
@@ -265,7 +265,7 @@ def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is
 ):
     asked = []
     monkeypatch.setattr(
-        utils, "load_dataset", lambda name, folder: asked.append((name, str(folder))) or few
+        datasets, "load_dataset", lambda name, folder, *_: asked.append((name, str(folder))) or few
     )
     monkeypatch.chdir(tmp_path)
     session_of()
@@ -380,7 +380,7 @@ def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few
 
 
 def test_images_too_small_for_the_network_are_refused_with_the_smallest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
     images = np.zeros((4, 16, 30), np.uint8)
     labels = np.arange(4)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
