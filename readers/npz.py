@@ -54,7 +54,7 @@ def _shaped(path, name, array, notes):
     shape = array.shape
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: {name} is {array.dtype}, expected uint8, or floats from 0 to 1")
-    if array.ndim == 4 and shape[1] <= 4 < shape[3]:
+    if array.ndim == 4 and shape[1] <= 4 < min(shape[2:]):
         raise UserError(
             f"{path}: {name} has shape {shape}, with the channels first, expected (N, H, W, C); "
             f"write numpy.moveaxis({name}, 1, -1)"
@@ -151,7 +151,7 @@ def _scaled(images, largest):
     converted = np.empty(images.shape, np.uint8)
     for n in range(0, len(images), 1000):  # in parts: the floats in between take much memory
         part = images[n : n + 1000]
-        converted[n : n + 1000] = to_uint8(part if largest == 1 else part / largest)
+        converted[n : n + 1000] = to_uint8(part / largest)
     return converted
 
 

@@ -736,3 +736,10 @@ def test_figures_of_the_experiments_have_panels_of_a_common_style(tmp_path):
     pixels = figures.save_figure(tmp_path / "a.png", figure)
     assert pixels.shape == (560, 1800, 3) and pixels.dtype == np.uint8
     np.testing.assert_array_equal(read(tmp_path / "a.png"), pixels)
+
+
+def test_of_other_channels_than_colours_the_first_or_the_first_three_are_shown(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 5), np.uint8)
+    for channels, shown in (1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2]):
+        pixels = figures.save_grid(tmp_path / "a.png", images[..., :channels])
+        np.testing.assert_array_equal(pixels[1 : 6 * 3 : 3, 1 : 4 * 3 : 3], images[0][..., shown])

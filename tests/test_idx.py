@@ -227,3 +227,29 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, name, array, re
         datasets.load_dataset("mnist", tmp_path)
     one_line(caught)
     assert (caught.value.place, caught.value.dataset) == (tmp_path / "mnist", "mnist")
+
+
+@pytest.mark.parametrize("dot", [False, True])
+def test_files_that_are_already_unpacked_are_read_as_well(tmp_path, dot):
+    write_dataset(tmp_path / "packed" / "mnist")
+    expected = datasets.load_dataset("mnist", tmp_path / "packed")
+    folder = tmp_path / "unpacked" / "mnist"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / "packed" / "mnist").iterdir():
+        name = path.stem.replace("-idx", ".idx") if dot else path.stem
+        (folder / name).write_bytes(gzip.decompress(path.read_bytes()))
+    data = datasets.load_dataset("mnist", tmp_path / "unpacked")
+    for array, other in zip(data[1:5], expected[1:5], strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_an_unpacked_file_that_claims_more_than_it_can_hold_is_refused(tmp_path):
+    (tmp_path / "a-ubyte").write_bytes(idx_bytes(IMAGES, counts=(30, 5, 4)))
+    with pytest.raises(DataFileError, match="claims 600 bytes, at most 76 are possible"):
+        idx.read_idx(tmp_path / "a-ubyte")
+    for content, reason in (GOOD[:-1], "holds only 59"), (GOOD + b"?", "holds more"):
+        (tmp_path / "a-ubyte").write_bytes(content)
+        with pytest.raises(DataFileError, match=reason):
+            idx.read_idx(tmp_path / "a-ubyte")
+    (tmp_path / "a-ubyte").write_bytes(GOOD)
+    np.testing.assert_array_equal(idx.read_idx(tmp_path / "a-ubyte"), IMAGES)
