@@ -66,8 +66,8 @@ def _rgb(images):
 
     Of two channels the first is shown, of more than three the first three.
     """
-    channels = images.shape[-1]
-    images = to_uint8(images[..., : 3 if channels >= 3 else 1])
+    images = to_uint8(images)
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
