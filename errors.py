@@ -27,6 +27,18 @@ class DataFileError(UserError):
         self.place, self.problem, self.dataset = place, problem, dataset
 
 
+class ImageSizesDiffer(UserError):
+    """The images of a folder have several sizes."""
+
+    def __init__(self, path, size, first_path, first_size):
+        super().__init__(
+            f"{path} has {size[1]}×{size[0]} pixels, expected {first_size[1]}×{first_size[0]} like "
+            f"{first_path}"
+        )
+        self.path, self.size = path, size
+        self.first_path, self.first_size = first_path, first_size
+
+
 class ImageTooSmall(UserError):
     """Images are too small for the network's two convolutions."""
 

@@ -62,8 +62,12 @@ def overlay_digits(images):
 
 
 def _rgb(images):
-    """Return images (..., H, W, 1 or 3) as uint8 (..., H, W, 3)."""
+    """Return images (..., H, W, C) as uint8 (..., H, W, 3).
+
+    Of two channels the first is shown, of more than three the first three.
+    """
     images = to_uint8(images)
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 

@@ -39,6 +39,7 @@ class Data(NamedTuple):
     max_shift: int = 0  # pixels, the bound of the shift drawn for each digit
     overlap: bool = False  # whether an example is two overlapping digits
     class_names: tuple = config.DIGITS  # by label
+    ground: np.ndarray | None = None  # (C,) uint8, what shifts fill in; by default black
 
     @property
     def digits_per_example(self):
@@ -49,6 +50,14 @@ class Data(NamedTuple):
         """Return (H', W', C) of the composed images."""
         _, height, width, channels = self.images.shape
         return (height + 2 * self.padding, width + 2 * self.padding, channels)
+
+    def margin(self):
+        """Return how many pixels of ground each image gets on all sides, so that it can shift.
+
+        Shifts fill in zeros, so a black ground needs none.
+        """
+        black = self.ground is None or not np.any(self.ground)
+        return 0 if black else self.max_shift + self.padding
 
     def subset(self, indices):
         """Return the same data, reduced to the images at these indices."""
@@ -169,7 +178,8 @@ def batches(data, plan, batch_size, start=0, strategy=None):
 
     Returns:
         Iterable of (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K), weight (B,)),
-        with PerReplica values under a strategy of several replicas.
+        with PerReplica values under a strategy of several replicas. Digits have a margin all around
+        (see `Data.margin`) if the ground is not black.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
@@ -186,12 +196,28 @@ def batches(data, plan, batch_size, start=0, strategy=None):
             images, labels = tf.constant(data.images), tf.constant(data.labels)
 
         def gather(index, shift, weight):
-            return tf.gather(images, index), shift, tf.gather(labels, index), weight
+            digits = tf.gather(images, index)
+            if margin := data.margin():
+                digits = surround(digits, margin, data.ground)
+            return digits, shift, tf.gather(labels, index), weight
 
         parts = (*plan.take(local_examples), local_weights)
         return tf.data.Dataset.from_tensor_slices(parts).map(gather).prefetch(2 * local)
 
     return strategy.distribute_datasets_from_function(pipeline)
+
+
+def surround(digits, margin, ground):
+    """Put a margin of ground around images: (B, K, H, W, C) -> (B, K, H + 2·M, W + 2·M, C).
+
+    Args:
+        digits: (B, K, H, W, C) uint8.
+        margin: M, pixels.
+        ground: (C,) uint8.
+    """
+    sides = [[0, 0], [0, 0], [margin, margin], [margin, margin], [0, 0]]
+    inside = tf.pad(tf.ones_like(digits, tf.bool), sides)
+    return tf.where(inside, tf.pad(digits, sides), tf.constant(ground, digits.dtype))
 
 
 def _layout(n, batch_size, replicas):

@@ -13,15 +13,16 @@ Examples:
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 
 from absl import flags
 
 import config
+import datasets
 import errors
 import runtime
-import utils
 from errors import UsageError, UserError
 
 NETWORK, TRAINING = config.NetworkConfig(), config.TrainingConfig()
@@ -44,7 +45,11 @@ FLAGS = {
     ],
     "Data": [
         ("dataset", "mnist", None,
-         "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class"),
+         "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class, with or "
+         "without train and test folders"),
+        ("image_size", "", None,
+         "make all images fit this height and width in pixels, such as 32x48; needed if the images "
+         "of a folder differ in size"),
         ("multi_MNIST", False, None,
          f"two overlapping digits in each image (paper, section 6); default then {_MULTI}"),
         ("multi_test_pairs", 1, (1, 1000),
@@ -86,6 +91,8 @@ FLAGS = {
         ("digit_dim", NETWORK.digit_dim, (1, 1024), "dimension of a digit capsule"),
         ("routing_iterations", NETWORK.routing_iterations, (1, 100),
          "iterations of dynamic routing (procedure 1)"),
+        ("kernel_size", NETWORK.kernel_size, (1, 99),
+         "pixels of both convolutions; images have at least twice as many less one"),
         ("variant", NETWORK.variant, config.VARIANTS,
          "as in the paper, or with the authors' public code's biases in routing and weaker primary "
          "capsules"),
@@ -121,7 +128,12 @@ FLAGS = {
 }
 # fmt: on
 ROWS = [row for rows in FLAGS.values() for row in rows]
-EMPTY = {"predict": "PATTERN", "export": "DIR"}  # what --help shows for flags that are empty
+LARGEST_SIDE = 1024  # pixels of --image_size
+EMPTY = {
+    "predict": "PATTERN",
+    "export": "DIR",
+    "image_size": "HxW",
+}  # what --help shows for flags that are empty
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 WRITTEN = ["export", *(name for name, *_ in FLAGS["Folders"])]
 PATHS = ["dataset", "data_dir", "predict", *WRITTEN]
@@ -129,7 +141,8 @@ PATHS = ["dataset", "data_dir", "predict", *WRITTEN]
 _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
 # Which flag helps, by the type of the error; the other errors say it themselves.
 ADVICE = {
-    errors.ImageTooSmall: "give a --dataset of larger images",
+    errors.ImageSizesDiffer: "give an --image_size=HxW that all images are made to fit",
+    errors.ImageTooSmall: "give a --dataset of larger images, or a smaller --kernel_size",
     errors.NoCheckpoint: "train first (add --train), or name the folder of a trained network",
     errors.DamagedCheckpoints: "train again with --train --restart",
     errors.NetworkMismatch: "give the flags that it was trained with, or another folder",
@@ -240,7 +253,7 @@ def check_values(values):
                 f"--{name}={value} is out of bounds, expected {bounds[0]:g} to {bounds[1]:g}"
             )
         if isinstance(default, str) and not value and (default or values[name].present):
-            raise UsageError(f"--{name} is empty, expected a name")
+            raise UsageError(f"--{name} is empty, expected a value")
         if name in WRITTEN and not is_utf8(value):
             raise UsageError(
                 f"--{name}={value} is not in UTF-8, expected a name that is: TensorFlow cannot "
@@ -248,10 +261,21 @@ def check_values(values):
             )
     dataset = values.dataset
     files = dataset.endswith(".npz") or os.path.isdir(dataset)
-    if dataset not in utils.CLASS_NAMES and not files and not weights_suffice(values):
+    if dataset not in datasets.CLASS_NAMES and not files and not weights_suffice(values):
         raise UsageError(
-            f"--dataset={dataset} is unknown, expected one of {', '.join(utils.CLASS_NAMES)}, a "
-            ".npz file, or a folder with train/CLASS/* and test/CLASS/*"
+            f"--dataset={dataset} is unknown, or no such folder, expected {datasets.FORMS}"
+        )
+    check_image_size(values)
+
+
+def check_image_size(values):
+    """Raise UsageError if a size is given that is none."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", values.image_size)
+    given = values["image_size"].present
+    if given and not (sides and all(1 <= int(side) <= LARGEST_SIDE for side in sides.groups())):
+        raise UsageError(
+            f"--image_size={values.image_size}, expected height and width in pixels, 1 to "
+            f"{LARGEST_SIDE}, such as 32x48"
         )
 
 
@@ -270,7 +294,7 @@ def weights_suffice(values):
         getattr(values, mode) for mode in ("train", "test", "reconstruction_test", "tweak_test")
     ):
         return False
-    name = utils.dataset_name(values.dataset)
+    name = datasets.dataset_name(values.dataset)
     if values.multi_MNIST:
         return os.path.isdir(os.path.join(values.multi_checkpoint_dir, f"multi_{name}"))
     return os.path.isdir(os.path.join(values.checkpoint_dir, name))

@@ -139,7 +139,8 @@ def compose(digits, shift, padding):
     Args:
         digits: (B, K, H, W, C) uint8.
         shift: (B, K, 2) whole pixels down and right.
-        padding: pixels of canvas on each side of an unshifted digit.
+        padding: pixels of canvas on each side of an unshifted digit; negative if the digits have
+            a margin that the canvas does not show.
 
     Returns:
         The canvas (B, H', W', C), which is the sum of the shifted digits clipped to [0, 1], and the

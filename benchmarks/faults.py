@@ -31,7 +31,7 @@ import timing
 import config
 import download
 import errors
-import utils
+from readers import idx
 
 MAIN = timing.ROOT / "main.py"
 SMALL_RUN = [
@@ -400,7 +400,7 @@ def bad_readings(folder, dice, tries):
         compressed = content[:2] == b"\x1f\x8b" or dice.random() < 0.1
         path.write_bytes(content if compressed else gzip.compress(content))
         try:
-            array = utils.read_idx(path)
+            array = idx.read_idx(path)
             lost += array.dtype != np.uint8 or array.size > len(content) * 1032
         except errors.UserError as error:
             lost += "\n" in str(error)

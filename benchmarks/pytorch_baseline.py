@@ -14,9 +14,9 @@ import sys
 import numpy as np
 import timing
 
+import datasets
 import errors
 import runtime
-import utils
 
 PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
@@ -63,7 +63,7 @@ def pytorch(batch_size):
     network = CapsNet()
     check_size(sum(p.numel() for p in network.parameters()))
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
-    dataset = utils.load_dataset("mnist", timing.ROOT / "data")
+    dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
     images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
     labels = F.one_hot(torch.tensor(dataset.y_train[:batch_size]).long(), 10).float()
 

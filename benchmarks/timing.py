@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from command_line import MOST, Flag, number, run_script
 
 import config
+import datasets
 import runtime
 import utils
 
@@ -113,7 +114,7 @@ def load_digits(count=None, image_size=28):
     """
     from input_pipeline import Data
 
-    mnist = utils.load_dataset("mnist", ROOT / "data")
+    mnist = datasets.load_dataset("mnist", ROOT / "data")
     edge = (image_size - 28) // 2
     images = np.pad(mnist.x_train[:count], ((0, 0), (edge, edge), (edge, edge), (0, 0)))
     return Data(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)

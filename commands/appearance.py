@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 import ink
 import ops
 import utils
+from datasets import common_ground
 
 KEY = "appearance"  # in the metadata of weights; a run resumes whatever it says
 SAMPLE = 1000  # images, or pairs, that are looked at
@@ -47,9 +46,9 @@ def measure_appearance(data):
         return PLAIN
     style = ink.measure_style(data.images)
     if not data.overlap:
-        return Appearance(style, training_ground(data.images))
+        return Appearance(style, common_ground(data.images))
     pairs = compose_pairs(data)
-    ground = training_ground(pairs)
+    ground = common_ground(pairs)
     paper = "dark" if style and style.light_ink else "light"
     if style is None or ground != paper:  # dark ink vanishes where pairs are added up
         return Appearance(None, ground)
@@ -61,20 +60,6 @@ def compose_pairs(data):
     plan = data.evaluation_plan().take(slice(SAMPLE))
     pairs, _ = ops.compose(data.images[plan.index], plan.shift, data.padding)
     return utils.to_uint8(pairs.numpy())
-
-
-def training_ground(images):
-    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
-
-    The edges of photographs are light or dark by chance, so those are not inverted.
-    """
-    sample = images[:: max(1, len(images) // SAMPLE)]
-    light = np.mean([utils.is_dark_on_light(image) for image in sample])
-    if light > 0.95:
-        return "light"
-    if light < 0.05:
-        return "dark"
-    return None
 
 
 def ground_of(image):

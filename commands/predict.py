@@ -113,6 +113,11 @@ def read_images(paths, shape, appearance):
     Returns:
         The Pictures of the files that can be read, and the errors of the others.
     """
+    if shape[-1] not in (1, 3):
+        raise UserError(
+            f"--predict reads pictures, grey or in colour, and the network takes images of "
+            f"{shape[-1]} channels, expected one of 1 or 3"
+        )
     style, ground = appearance
     pictures, failed = [], []
     for path in paths:

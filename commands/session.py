@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 import config
+import datasets
 import runtime
-import utils
 from commands import appearance
 from commands.pretrained import load_pretrained, pretrained_metadata
 from errors import UsageError, UserError
@@ -56,15 +56,31 @@ class Session:
         self.conv = runtime.fastest_conv() if flags.conv == "auto" else flags.conv
         fast = gpu or self.conv == "dft"
         self.jit = fast if flags.jit == "auto" else flags.jit == "on"
-        name = utils.dataset_name(flags.dataset)
+        name = datasets.dataset_name(flags.dataset)
         self.name = f"multi_{name}" if flags.multi_MNIST else name
         self.folders = self._name_folders()
         self.metadata = None  # of the weights, once they are loaded
 
     @functools.cached_property
     def dataset(self):
-        """Return the data set, read at the first use. Raise UserError if it is not usable."""
-        return utils.load_dataset(self.flags.dataset, data_folder(self.flags))
+        """Return the data set, read at the first use; print what was changed in it.
+
+        Raises:
+            UserError: it is not usable.
+        """
+        flags = self.flags
+        dataset = datasets.load_dataset(
+            flags.dataset, data_folder(flags), image_size(flags.image_size), flags.seed
+        )
+        if flags.multi_MNIST:
+            dataset = datasets.remove_ground(dataset)
+        if dataset.x_validation is not None:
+            count = f"{dataset.name}: {len(dataset.y_validation)} images of its own to validate"
+            unused = "" if flags.validation_check else ", which only --validation_check uses"
+            dataset = dataset.with_note(count + unused)
+        if self.chief and dataset.notes:
+            print("\n".join(dataset.notes), flush=True)
+        return dataset
 
     @functools.cached_property
     def train_size(self):
@@ -75,21 +91,33 @@ class Session:
     @functools.cached_property
     def train_data(self):
         """Return the Data of training (sections 5 and 6)."""
-        size = self.train_size or None
-        shift = config.MAX_SHIFT if self.flags.data_deformation else 0
-        return self._compose(self.dataset.x_train[:size], self.dataset.y_train[:size], shift)
+        size, dataset = self.train_size or None, self.dataset
+        data = self._compose(dataset.x_train[:size], dataset.y_train[:size])
+        if self.flags.multi_MNIST or not self.flags.data_deformation:
+            return data
+        return data._replace(
+            max_shift=config.MAX_SHIFT, ground=datasets.even_ground(dataset.x_train)
+        )
 
     @functools.cached_property
     def test_data(self):
         """Return the Data of the test."""
-        return self._compose(self.dataset.x_test, self.dataset.y_test, 0)
+        return self._compose(self.dataset.x_test, self.dataset.y_test)
 
-    def _compose(self, images, labels, max_shift):
-        """Return the Data of images; overlapping digits have a shift of their own."""
-        names, overlap, padding = self.dataset.class_names, self.flags.multi_MNIST, 0
-        if overlap:
-            padding, max_shift = config.MULTI_PADDING, self.flags.multi_shift
-        return Data(images, labels, padding, max_shift, overlap, names)
+    @functools.cached_property
+    def validation_data(self):
+        """Return the Data of the data set's own images for validation, None if it has none."""
+        if self.dataset.x_validation is None:
+            return None
+        return self._compose(self.dataset.x_validation, self.dataset.y_validation)
+
+    def _compose(self, images, labels):
+        """Return the Data of images, each as it is or overlapping another one."""
+        names = self.dataset.class_names
+        if self.flags.multi_MNIST:
+            shift = self.flags.multi_shift
+            return Data(images, labels, config.MULTI_PADDING, shift, True, names)
+        return Data(images, labels, class_names=names)
 
     @property
     def digits_per_example(self):
@@ -133,10 +161,8 @@ class Session:
 
     def digest(self, train_size):
         """Return a fingerprint of the first `train_size` training images, or of all (0)."""
-        digest = hashlib.sha256()
-        for part in (self.dataset.x_train, self.dataset.y_train):
-            digest.update(np.ascontiguousarray(part[: train_size or None]))
-        return digest.hexdigest()[:16]
+        kept = slice(train_size or None)
+        return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
 
     def load(self):
         """Restore the weights to examine, and print where they come from.
@@ -195,7 +221,7 @@ class Session:
     @functools.cached_property
     def class_names(self):
         """Return the names of the classes of the loaded weights."""
-        names = self._trained("class_names") or utils.CLASS_NAMES.get(self._trained("dataset"))
+        names = self._trained("class_names") or datasets.CLASS_NAMES.get(self._trained("dataset"))
         return tuple(names or self.dataset.class_names)
 
     @functools.cached_property
@@ -220,7 +246,7 @@ class Session:
 
     def _pretrained_folder(self):
         """Return the folder of the weights that come with the program for the data set."""
-        if self.flags.dataset in utils.CLASS_NAMES:
+        if self.flags.dataset in datasets.CLASS_NAMES:
             return runtime.ROOT / "pretrained" / self.name
         return runtime.ROOT / "pretrained" / self.flags.dataset.replace(os.sep, "_")
 
@@ -228,6 +254,19 @@ class Session:
         """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""
         with replacing_events(self.folders.logs / "test", name, self.metadata["step"]):
             tf.summary.image(name, picture[None])
+
+
+def fingerprint(images, labels):
+    """Return a fingerprint of images and their labels."""
+    digest = hashlib.sha256()
+    for part in (images, labels):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
+
+
+def image_size(text):
+    """Return the (H, W) that a text such as "32x48" says, None if it is empty."""
+    return tuple(map(int, text.split("x"))) if text else None
 
 
 def data_folder(flags):

@@ -14,6 +14,7 @@ import model
 import runtime
 import utils
 from commands import appearance
+from commands.session import fingerprint
 from input_pipeline import batches, split_validation
 from runtime import Display, plural, say_written
 from training.events import read_scalars
@@ -104,7 +105,8 @@ def describe(session):
         ImageTooSmall: two convolutions leave nothing of an image.
     """
     data, flags = session.train_data, session.flags
-    held_out = len(data.labels) // 6 if flags.validation_check else 0
+    splits = flags.validation_check and session.validation_data is None
+    held_out = len(data.labels) // 6 if splits else 0
     images = len(data.labels) - held_out
     sizes = model.layer_sizes(data.canvas_shape(), len(data.class_names), session.network_config)
     data_bytes = data.images.nbytes * (2 if flags.validation_check else 1)
@@ -137,7 +139,9 @@ def make_trainer(session, report):
         report: takes a line of text for the user.
     """
     flags, data, validation = session.flags, session.train_data, None
-    if flags.validation_check:
+    if flags.validation_check and session.validation_data is not None:
+        validation = session.validation_data
+    elif flags.validation_check:
         trained, held_out = split_validation(len(data.labels), flags.seed)
         data, validation = data.subset(trained), data.subset(held_out)
     names = config.TrainingConfig._fields
@@ -175,6 +179,15 @@ def run_metadata(session):
         del metadata["data_deformation"]
     if flags.multi_MNIST and flags.multi_shift != config.MULTI_SHIFT:  # older runs do not name it
         metadata["multi_shift"] = flags.multi_shift
+    # These too are named only where they matter, so that older runs resume.
+    if flags.image_size:
+        metadata["image_size"] = flags.image_size
+    if session.dataset.inverted:
+        metadata["inverted"] = True
+    if flags.validation_check and session.validation_data is not None:
+        metadata["validation_data"] = fingerprint(
+            session.validation_data.images, session.validation_data.labels
+        )
     return metadata
 
 

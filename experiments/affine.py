@@ -25,6 +25,7 @@ from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_na
 from PIL import Image
 
 import config
+import datasets
 import figures
 import runtime
 import utils
@@ -375,7 +376,7 @@ def compare(flags):
     """
     from trial import reaches
 
-    mnist = utils.load_dataset("mnist", flags.data_dir)
+    mnist = datasets.load_dataset("mnist", flags.data_dir)
     outcomes = {name: examine(name, flags, mnist) for name in flags.networks}
     print("\n" + "\n".join(table(outcomes)))
     output = Path(flags.output)

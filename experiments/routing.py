@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
 
+import datasets
 import errors
 import figures
 import runtime
@@ -136,7 +137,7 @@ def draw(path, changes, entropies):
 
 def watch(flags):
     """Measure routing, print the table, and write the picture and the figures."""
-    mnist = utils.load_dataset("mnist", flags.data_dir)
+    mnist = datasets.load_dataset("mnist", flags.data_dir)
     images = mnist.x_test[: flags.images]
     network, metadata = load_network(images.shape[1:], flags.checkpoint)
     changes, entropies = measure_images(network, images, flags.iterations)

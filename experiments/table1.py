@@ -17,6 +17,7 @@ from typing import NamedTuple
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 
 import config
+import datasets
 import figures
 import runtime
 import utils
@@ -100,7 +101,7 @@ def run_row(row, seed, flags):
 
     from input_pipeline import Data
 
-    mnist = utils.load_dataset("mnist", flags.data_dir)
+    mnist = datasets.load_dataset("mnist", flags.data_dir)
     overlap = flags.dataset == "multi_MNIST"
     if overlap:
         padding, train_shift, test_shift = config.MULTI_PADDING, *(config.MULTI_SHIFT,) * 2

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+import datasets
 import main
-import utils
 from commands.session import Session
 from model import CapsNet
 from training.checkpoints import Checkpoints, RunState
@@ -37,7 +37,7 @@ RUN = {
     "train_size": 0,
     "data": "",
 }
-load_all = utils.load_dataset
+load_all = datasets.load_dataset
 
 
 class Result(NamedTuple):

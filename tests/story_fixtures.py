@@ -5,7 +5,7 @@ import json
 import pytest
 from story import ROOT, SMALL, Story, first_images, load_all
 
-import utils
+import datasets
 
 
 @pytest.fixture(scope="module")
@@ -13,14 +13,14 @@ def few():
     """Make commands load the first 400 training and 200 test images only, and in no time."""
     part = first_images(load_all("mnist", ROOT / "data"), 400, 200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "load_dataset", lambda name, folder: part)
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: part)
         yield part
 
 
 @pytest.fixture
 def all_images(monkeypatch):
     """Make commands load all images again."""
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
 
 
 @pytest.fixture(scope="module")

@@ -243,13 +243,13 @@ def test_mutations_change_a_few_bytes_within_and_after_the_header():
 
 def test_damaged_data_files_are_counted_and_a_wrong_array_is_a_loss(tmp_path, monkeypatch):
     assert faults.bad_readings(tmp_path, random.Random(0), 40) == (40, 0)
-    monkeypatch.setattr(faults.utils, "read_idx", lambda path: np.zeros(3, np.float32))
+    monkeypatch.setattr(faults.idx, "read_idx", lambda path: np.zeros(3, np.float32))
     assert faults.bad_readings(tmp_path, random.Random(0), 4) == (4, 4)
 
     def crash(path):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(faults.utils, "read_idx", crash)
+    monkeypatch.setattr(faults.idx, "read_idx", crash)
     assert faults.bad_readings(tmp_path, random.Random(0), 4) == (4, 4)
 
 

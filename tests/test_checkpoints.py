@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from engine import events, folders_in, network, same, state, trainer_in
 
-import utils
+import datasets
 from config import TrainingConfig
 from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
 from input_pipeline import Data, split_validation
@@ -516,7 +516,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
     shutil.copytree(OLD_RUN / "checkpoint" / "mnist", folders.checkpoint)
     metadata = read_metadata(folders.checkpoint, 75)["training"]
     settings = {name: metadata.pop(name) for name in TrainingConfig._fields}
-    mnist = utils.load_dataset("mnist", ROOT / "data")
+    mnist = datasets.load_dataset("mnist", ROOT / "data")
     data = Data(mnist.x_train[:96], mnist.y_train[:96])
     kept, held_out = split_validation(96, settings["seed"])
     net = CapsNet((28, 28, 1), 10, **SIZES)

@@ -13,27 +13,16 @@ from commands.appearance import (
     compose_pairs,
     ground_of,
     measure_appearance,
-    training_ground,
 )
 from input_pipeline import Data
 
 pytest_plugins = ["story_fixtures"]
 
 
-def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
-    dark = np.zeros((100, 5, 5, 1), np.uint8)
-    dark[:, 2, 2] = 255
-    assert training_ground(dark) == "dark"
-    assert training_ground(255 - dark) == "light"
-    for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
-        mixed = np.concatenate([255 - dark[:light], dark[light:]])
-        assert training_ground(mixed) == expected, light
-    # Of 3,000 images every third one is looked at.
-    many = np.concatenate([dark] * 30)
-    many[::3] = 255
-    assert training_ground(many) == "light"
-    assert training_ground(np.roll(many, 1, axis=0)) == "dark"
-    assert [ground_of(dark[0]), ground_of(255 - dark[0])] == ["dark", "light"]
+def test_the_ground_of_an_image_is_that_of_its_edges():
+    image = np.zeros((5, 5, 1), np.uint8)
+    image[2, 2] = 255
+    assert [ground_of(image), ground_of(255 - image)] == ["dark", "light"]
 
 
 @pytest.fixture

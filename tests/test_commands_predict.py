@@ -19,6 +19,7 @@ from story import (
     varied_network,
 )
 
+import datasets
 import figures
 import main
 import utils
@@ -383,7 +384,7 @@ def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatc
     save(tmp_path / "a.png", pair[..., 0])
     drawn = []
     monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
-    monkeypatch.setattr(utils, "load_dataset", None)  # not needed
+    monkeypatch.setattr(datasets, "load_dataset", None)  # not needed
     result = run(tmp_path, "--predict=a.png", "--multi_MNIST", *FAST)
     assert (result.code, result.err) == (0, "")
     lengths, capsules = (part.numpy() for part in network(pair[None] / np.float32(255)))

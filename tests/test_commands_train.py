@@ -31,11 +31,11 @@ from story import (
 )
 
 import commands.train
+import datasets
 import figures
 import main
 import model
 import runtime
-import utils
 from commands.train import (
     announce,
     describe,
@@ -607,7 +607,7 @@ def test_on_a_terminal_a_bar_shows_the_progress(tmp_path, few, monkeypatch):
 
 
 def test_colour_images_of_a_folder_are_trained_tested_and_predicted(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
     stream = np.random.default_rng(0)
     labels, names = np.arange(60) % 3, ("red", "green", "blue sky")
     images = stream.integers(0, 90, (60, 20, 24, 3), dtype=np.uint8)

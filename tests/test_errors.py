@@ -19,6 +19,11 @@ EXAMPLES = [
         {"place": "a.gz", "dataset": None},
     ),
     (
+        errors.ImageSizesDiffer("b/1.png", (9, 7), "a/1.png", (4, 6)),
+        "b/1.png has 7×9 pixels, expected 6×4 like a/1.png",
+        {"path": "b/1.png", "size": (9, 7), "first_path": "a/1.png", "first_size": (4, 6)},
+    ),
+    (
         errors.ImageTooSmall(9, [16, 28, 1]),
         "two 9×9 convolutions need images of at least 17×17 pixels. "
         "Received: image_shape=(16, 28, 1)",

@@ -17,11 +17,11 @@ import tensorflow as tf
 import trial
 from command_line import Flag
 
+import datasets
 import errors
 import figures
 import model
 import ops
-import utils
 from config import TrainingConfig
 from input_pipeline import Data
 from training.checkpoints import load_weights, saved_steps
@@ -39,7 +39,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def mnist():
-    return utils.load_dataset("mnist", ROOT / "data")
+    return datasets.load_dataset("mnist", ROOT / "data")
 
 
 @pytest.fixture
@@ -458,7 +458,7 @@ def test_a_row_trains_the_network_that_it_names_on_the_papers_data(
     row, overlap, network, weight, mnist, tmp_path, monkeypatch
 ):
     calls = []
-    monkeypatch.setattr(utils, "load_dataset", lambda *_: mnist)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: mnist)
 
     def run(*arguments):
         calls.append(arguments)
@@ -710,7 +710,7 @@ def few_digits(mnist, monkeypatch):
         x_test=mnist.x_test[:20],
         y_test=mnist.y_test[:20],
     )
-    monkeypatch.setattr(utils, "load_dataset", lambda *_: few)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: few)
     return few
 
 

@@ -776,3 +776,10 @@ def test_a_caption_with_the_bytes_of_an_odd_file_name_is_drawn():
         escaped = utils.printable(name)
         expected = figures._save_examples(None, "a", "b", tile, [[(escaped, "#222222")]], 1)
         np.testing.assert_array_equal(shown, expected)
+
+
+def test_of_other_channels_than_colours_the_first_or_the_first_three_are_shown(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 5), np.uint8)
+    for channels, shown in (1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2]):
+        pixels = figures.save_grid(tmp_path / "a.png", images[..., :channels])
+        np.testing.assert_array_equal(pixels[1 : 6 * 3 : 3, 1 : 4 * 3 : 3], images[0][..., shown])

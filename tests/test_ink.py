@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from story import DATA, ROOT, first_images, load_all, run
 
+import datasets
 import ink
-import utils
 
 MNIST_LIKE = ink.InkStyle(light_ink=True, box=20, by_mass=True, offset=(0.5, 0.5), stroke=2.6)
 SHAPE = (28, 28, 1)
@@ -366,7 +366,7 @@ def redrawn(digit, stream):
 
 def test_redrawn_digits_are_recognized(mnist, tmp_path, monkeypatch):
     few = first_images(mnist, 1000, 100)
-    monkeypatch.setattr(utils, "load_dataset", lambda name, folder: few)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: few)
     stream, labels = np.random.default_rng(5), {}
     for number in range(30):
         for kind, page in redrawn(mnist.x_test[number, ..., 0], stream).items():

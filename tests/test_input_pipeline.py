@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import config
 import input_pipeline
+import ops
 from errors import UserError
 from input_pipeline import Data, Plan, batches, evaluation_plan, split_validation, training_plan
 from utils import random_stream
@@ -382,3 +383,34 @@ def test_batches_follow_the_strategy_in_whose_scope_they_are_made(monkeypatch):
     (elements,) = batches(data, data.evaluation_plan(), 4)
     numbers = [digits[:, 0, 0, 0, 0].tolist() for digits, *_ in elements]
     assert numbers == [[0, 1], [2, 3]]
+
+
+# --- Ground ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ground", [None, [0, 0, 0], [250, 240, 30]])
+def test_shifts_fill_in_the_ground_of_the_data(ground):
+    stream = np.random.default_rng(0)
+    images = stream.integers(0, 256, (9, 7, 6, 3), np.uint8)
+    colour = None if ground is None else np.array(ground, np.uint8)
+    data = Data(images, np.arange(9) % 3, max_shift=2, ground=colour)
+    plan = data.training_plan(seed=0, epoch=0)
+    (batch,) = batches(data, plan, 9)
+    canvas, shifted = ops.compose(batch[0], batch[1], (7 - batch[0].shape[2]) // 2)
+    expected = np.zeros((9, 7, 6, 3))
+    expected[:] = ground or 0
+    for number, ((index,), ((down, right),)) in enumerate(zip(plan.index, plan.shift, strict=True)):
+        for y in range(7):
+            for x in range(6):
+                if 0 <= y - down < 7 and 0 <= x - right < 6:
+                    expected[number, y, x] = images[index, y - down, x - right]
+    np.testing.assert_array_equal(np.rint(canvas * 255), expected)
+    np.testing.assert_array_equal(shifted[:, 0], canvas)
+
+
+def test_images_on_black_are_passed_on_without_a_margin():
+    images = np.full((3, 4, 4, 1), 9, np.uint8)
+    for ground in None, np.zeros(1, np.uint8):
+        data = Data(images, np.arange(3), max_shift=2, ground=ground)
+        digits, *_ = next(iter(batches(data, data.training_plan(0, 0), 3)))
+        np.testing.assert_array_equal(digits[:, 0], images)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "config", "download"},
     {"utils"},
+    {"readers"},
+    {"datasets"},
     {"runtime", "spectral", "ink", "figures", "input_pipeline"},
     {"ops"},
     {"model"},
@@ -29,6 +31,7 @@ LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 ONLY = {
     "training": {"errors", "config", "utils", "runtime", "input_pipeline"},
     "download": set(),
+    "readers": {"errors", "config", "utils"},
 }
 # Folders of scripts: they import each other and all modules except main and the tests, and nothing
 # imports them.
@@ -128,7 +131,7 @@ def may_import(importer, imported):
     if there in SCRIPTS:
         return False
     if here == there:
-        return True  # within training/ or commands/
+        return True  # within readers/, training/ or commands/
     if here in ONLY and there not in ONLY[here]:
         return False
     return LEVEL[there] < LEVEL[here]

@@ -2,6 +2,7 @@ import ast
 import contextlib
 import gzip
 import io
+import itertools
 import os
 import re
 import shutil
@@ -31,12 +32,12 @@ import commands.pictures
 import commands.predict
 import commands.session
 import commands.train
+import datasets
 import errors
 import main
 import results
 import runtime
 import training.distribution
-import utils
 from training.folders import claim, run_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
@@ -111,7 +112,9 @@ def test_the_defaults_are_those_of_the_paper_and_of_the_recipe():
         "digit_dim": 16,
         "routing_iterations": 3,
         "tweak_num": 5,
+        "kernel_size": 9,
         "dataset": "mnist",
+        "image_size": "",
         "train_size": 0,
         "multi_test_pairs": 1,
         "multi_shift": 4,
@@ -551,9 +554,9 @@ def test_help_is_printed_whatever_the_encoding_of_the_terminal(monkeypatch):
 
 
 def small_images(folder, patch):
-    part = utils.load_dataset("mnist", None)
+    part = datasets.load_dataset("mnist", None)
     small = part._replace(x_train=part.x_train[:, :16], x_test=part.x_test[:, :16])
-    patch.setattr(utils, "load_dataset", lambda name, folder: small)
+    patch.setattr(datasets, "load_dataset", lambda *_, **__: small)
 
 
 def damaged_checkpoint(folder, patch):
@@ -603,9 +606,18 @@ def nothing(folder, patch):
     pass
 
 
+def mixed_sizes(folder, patch):
+    patch.setattr(datasets, "load_dataset", load_all)
+    for number, (split, name) in enumerate(itertools.product(("train", "test"), "ab")):
+        path = folder / "mixed" / split / name / "1.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (20, 20 + number)).save(path)
+
+
 @pytest.mark.parametrize(
     "kind, prepare, words",
     [
+        (errors.ImageSizesDiffer, mixed_sizes, ["--train", "--dataset=mixed"]),
         (errors.ImageTooSmall, small_images, ["--train"]),
         (errors.NoCheckpoint, nothing, ["--test"]),
         (errors.NoCheckpoint, nothing, ["--reconstruction_test"]),
@@ -655,7 +667,7 @@ def test_advice_for_files_of_a_data_set_is_to_download_it_again():
 def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
     here = "--data_dir=data"
     missing = run(tmp_path, "--train", here)
     assert_refused(missing, 1, "train-images-idx3-ubyte.gz", "; run: python download.py mnist\n")

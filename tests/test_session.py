@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from story import (
     FAST,
     ROOT,
@@ -19,9 +20,9 @@ from story import (
 
 import commands.session
 import commands.train
+import datasets
 import main
 import runtime
-import utils
 from commands.appearance import KEY, measure_appearance
 from commands.session import Session
 from commands.train import make_trainer
@@ -276,7 +277,7 @@ def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is
 ):
     asked = []
     monkeypatch.setattr(
-        utils, "load_dataset", lambda name, folder: asked.append((name, str(folder))) or few
+        datasets, "load_dataset", lambda name, folder, *_: asked.append((name, str(folder))) or few
     )
     monkeypatch.chdir(tmp_path)
     assert session_of().dataset is few
@@ -321,10 +322,10 @@ def test_weights_of_other_images_are_announced(saved, few, capsys):
 def no_data(monkeypatch):
     """Make every attempt to read a data set fail."""
 
-    def fail(name, folder):
+    def fail(name, folder, *_):
         raise DataFileError(folder, "no such file", name)
 
-    monkeypatch.setattr(utils, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
 
 
 @pytest.mark.parametrize("word", ["--predict=x", "--export=new"])
@@ -464,10 +465,154 @@ def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few
 
 
 def test_images_too_small_for_the_network_are_refused_with_the_smallest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "load_dataset", load_all)
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
     images = np.zeros((4, 16, 30), np.uint8)
     labels = np.arange(4)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     result = run(tmp_path, "--dataset=a.npz", "--train")
     assert_refused(result, 1, "at least 17×17 pixels", "16, 30", "give a --dataset of larger")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+# ---------------------------------------------------------------- data sets of other forms
+
+
+def test_what_was_changed_in_the_data_is_printed_once_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    stream = np.random.default_rng(0)
+    images, labels = stream.integers(0, 2, (24, 17, 17)), np.arange(24) % 2 + 1
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    words = [*FAST, "--dataset=a.npz", "--train", "--test", "--epoch=1", "--batch_size=12"]
+    result = run(tmp_path, *words)
+    assert result.code == 0, result.err
+    notes = ["a.npz: images are int64 from 0 to 1, scaled", "a.npz: 2 different labels from 1 to 2"]
+    for note in notes:
+        assert result.out.count(note) == 1
+        assert result.out.index(note) < result.out.index("training images of")
+    assert "1 " in result.out and "class 0" not in result.out
+
+
+def photos(root, splits=("",), count=12):
+    """Coloured images of two classes and of several sizes."""
+    stream = np.random.default_rng(0)
+    for split in splits:
+        for channel, name in (0, "red"), (2, "blue"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((*stream.integers(20, 60, 2), 3), 30, np.uint8)
+                pixels[..., channel] = stream.integers(150, 256)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+
+
+def test_images_of_several_sizes_need_a_size_that_they_are_made_to_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos")
+    result = run(tmp_path, "--dataset=photos", "--train", *FAST)
+    assert_refused(result, 1, "pixels, expected", "give an --image_size=HxW")
+    session = session_of(*FAST, "--dataset=photos", "--image_size=20x24")
+    assert session.train_data.canvas_shape() == (20, 24, 3)
+    assert len(session.train_data.labels) == 20 and len(session.test_data.labels) == 4
+    trainer = make_trainer(session, print)
+    assert trainer.metadata["training"]["image_size"] == "20x24"
+
+
+@pytest.mark.parametrize("size", ["20", "0x20", "20x", "20x1025", "20x20x3", "-1x5", "axb"])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    assert_refused(run(tmp_path, "--train", f"--image_size={size}"), 2, "expected height and width")
+
+
+def test_a_run_without_an_image_size_does_not_name_one(few):
+    training = make_trainer(session_of(*FAST), print).metadata["training"]
+    assert not {"image_size", "inverted", "validation_data"} & set(training)
+
+
+def test_the_validation_images_of_a_data_set_are_those_of_validation_check(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos", ("train", "val", "test"))
+    words = [*FAST, "--dataset=photos", "--image_size=20x20"]
+    trainer = make_trainer(session_of(*words), print)
+    assert trainer.validation is None and len(trainer.data.labels) == 24
+    assert "which only --validation_check uses" in capsys.readouterr().out
+    session = session_of(*words, "--validation_check")
+    trainer = make_trainer(session, print)
+    assert "which only" not in capsys.readouterr().out
+    assert len(trainer.data.labels) == 24
+    np.testing.assert_array_equal(trainer.validation.images, session.dataset.x_validation)
+    np.testing.assert_array_equal(trainer.validation.labels, session.dataset.y_validation)
+    first = trainer.metadata["training"]["validation_data"]
+    (tmp_path / "photos/val/red/0.jpg").unlink()
+    again = make_trainer(session_of(*words, "--validation_check"), print)
+    assert again.metadata["training"]["validation_data"] != first
+
+
+def ink_files(folder, invert=False, channels=1, ground=0):
+    """A .npz file of light ink on a dark ground, or inverted."""
+    images = np.full((24, 20, 20, channels), ground, np.uint8)
+    images[:, 5:15, 9:11] = 255
+    images = 255 - images if invert else images
+    labels = np.arange(24) % 2
+    np.savez(folder / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return images
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_overlapping_digits_of_dark_ink_are_overlaid_by_their_ink(
+    tmp_path, monkeypatch, invert, channels
+):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    ink_files(tmp_path, invert, channels)
+    data = session_of(*FAST, "--dataset=a.npz", "--multi_MNIST").train_data
+    assert not data.images[:, 0].any() and (data.images[:, 5:15, 9:11] == 255).all()
+
+
+def test_coloured_images_shift_on_the_ground_of_their_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    images = ink_files(tmp_path, invert=True, channels=3, ground=20)
+    session = session_of(*FAST, "--dataset=a.npz", "--data_deformation")
+    np.testing.assert_array_equal(session.train_data.images, images)
+    assert session.train_data.ground.tolist() == [235, 235, 235]
+    assert session.test_data.ground is None  # which is not shifted
+
+
+def test_grey_images_of_dark_ink_are_inverted_and_the_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    images = ink_files(tmp_path, invert=True)
+    session = session_of(*FAST, "--dataset=a.npz", "--data_deformation")
+    np.testing.assert_array_equal(session.train_data.images, 255 - images)
+    assert make_trainer(session, print).metadata["training"]["inverted"] is True
+
+
+def test_images_of_two_channels_are_trained_tested_and_drawn_but_not_predicted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    ink_files(tmp_path, channels=2)
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    words = [*FAST, "--dataset=a.npz", "--epoch=1", "--batch_size=12", "--validation_check"]
+    result = run(tmp_path, *words, "--train", "--test", "--reconstruction_test", "--tweak_test")
+    assert result.code == 0 and result.err == "", result.err
+    refusal = run(tmp_path, *words, "--predict=a.png")
+    assert_refused(refusal, 1, "images of 2 channels", "expected one of 1 or 3")
+
+
+@pytest.mark.parametrize("conv", ["direct", "dft"])
+def test_images_below_17_pixels_need_a_smaller_kernel(tmp_path, monkeypatch, conv):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8)).astype(np.uint8)
+    labels = np.arange(24) % 2
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    words = [*FAST, "--dataset=a.npz", "--train", "--epoch=1", "--batch_size=12", f"--conv={conv}"]
+    assert_refused(run(tmp_path, *words), 1, "at least 17×17", "a smaller --kernel_size")
+    result = run(tmp_path, *words, "--kernel_size=3")
+    assert result.code == 0 and "conv1             6 × 6 × 8" in result.out
+    words.remove("--train")
+    assert_refused(run(tmp_path, *words, "--test", "--kernel_size=4"), 1, "kernel_size")

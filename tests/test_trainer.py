@@ -30,7 +30,7 @@ from engine import (
     trainer_in,
 )
 
-import utils
+import datasets
 from config import TrainingConfig
 from errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
 from input_pipeline import Data, batches
@@ -759,7 +759,7 @@ def test_numbers_that_are_not_finite_stop_the_training_and_are_never_saved(
 
 
 def test_a_small_capsule_network_learns_4000_digits_and_reads_nine_of_ten_unseen_ones(tmp_path):
-    mnist = utils.load_dataset("mnist", ROOT / "data")
+    mnist = datasets.load_dataset("mnist", ROOT / "data")
     data = Data(mnist.x_train[:4000], mnist.y_train[:4000], 0, 2)
     unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
     keras.utils.set_random_seed(0)

@@ -1,0 +1,142 @@
+"""Load a data set, and make it alike: one size, light ink on a dark ground.
+
+Whatever is changed, left out or held out on the way is said in `Dataset.notes`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from readers.idx import CLASS_NAMES, read_idx_files
+from readers.image_folders import read_folders
+from readers.npz import read_npz
+from utils import edge_color, edge_pixels, fit_image, is_dark_on_light, printable
+
+FORMS = (
+    f"{', '.join(CLASS_NAMES)}, a .npz file with x_train, y_train, x_test and y_test, or a folder "
+    "of images, FOLDER/CLASS/* or FOLDER/train/CLASS/* and FOLDER/test/CLASS/*"
+)
+_SAMPLE = 1000  # images of which the ground is judged
+
+
+def load_dataset(name, data_dir, image_size=None, seed=0):
+    """Load a data set.
+
+    Args:
+        name: one of CLASS_NAMES, read from the four IDX files in `data_dir`/`name`, gzipped or not;
+            or a `.npz` file of x_train, y_train, x_test, y_test; or a folder of images by class,
+            CLASS/*, or train/CLASS/* and test/CLASS/*.
+        data_dir: folder of the sets of CLASS_NAMES.
+        image_size: (H, W) to make all images fit, or None to take them as they are.
+        seed: says which images of a folder without a test part are held out.
+
+    Returns:
+        Dataset. Grey images of dark ink on a light ground are inverted.
+
+    Raises:
+        DataFileError: IDX files are missing, damaged or do not fit each other.
+        ImageSizesDiffer: the images of a folder have several sizes, and `image_size` is None.
+        UserError: the name is unknown, or the .npz file or the folder is no data set.
+    """
+    if name in CLASS_NAMES:
+        return _fit_all(read_idx_files(name, Path(data_dir) / name), image_size)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return invert_if_light(read_folders(path, image_size, seed))
+    if path.suffix == ".npz":
+        return invert_if_light(_fit_all(read_npz(path), image_size))
+    raise UserError(f"unknown data set {name!r}; choose one of: {FORMS}")
+
+
+def dataset_name(name):
+    """Return the `Dataset.name` of what `load_dataset` loads under a name, without loading it."""
+    if name in CLASS_NAMES:
+        return name
+    path = Path(name).expanduser()
+    is_file = path.suffix == ".npz" and not path.is_dir()
+    return printable(path.stem if is_file else path.resolve().name)
+
+
+def _fit_all(dataset, image_size):
+    """Make all images of a Dataset fit a size (H, W), unless it is None or theirs already."""
+    before = dataset.x_train.shape[1:3]
+    if image_size is None or before == tuple(image_size):
+        return dataset
+    changed = f"from {_size_text(before)} to {_size_text(image_size)} pixels"
+    note = f"{dataset.name}: images resized {changed}"
+    return dataset.map_images(lambda images: _resized(images, image_size)).with_note(note)
+
+
+def _resized(images, image_size):
+    """Make images (N, H, W, C) fit a size (H', W'): (N, H', W', C)."""
+    channels = images.shape[-1]
+    step = 3 if channels == 3 else 1  # other channels than colours are resized one by one
+    result = np.empty((len(images), *image_size, channels), np.uint8)
+    for number, image in enumerate(images):
+        for c in range(0, channels, step):
+            part = slice(c, c + step)
+            result[number, ..., part], _ = fit_image(image[..., part], (*image_size, step), False)
+    return result
+
+
+def common_ground(images):
+    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
+
+    The edges of photographs are light or dark by chance.
+
+    Args:
+        images: (N, H, W, C) uint8.
+    """
+    sample = images[:: max(1, len(images) // _SAMPLE)]
+    light = np.mean([is_dark_on_light(image) for image in sample])
+    if light > 0.95:
+        return "light"
+    if light < 0.05:
+        return "dark"
+    return None
+
+
+def even_ground(images):
+    """Return the colour that nearly all edges of images (N, H, W, C) have, uint8 (C,), or None."""
+    sample = images[:: max(1, len(images) // _SAMPLE)]
+    ground = np.median([edge_color(image) for image in sample], axis=0)
+    edges = np.concatenate([edge_pixels(image) for image in sample])
+    close = (np.abs(edges - ground) <= 32).all(axis=1).mean()
+    return np.rint(ground).astype(np.uint8) if close > 0.75 else None
+
+
+def invert_if_light(dataset, colours=False):
+    """Invert a Dataset whose images are dark ink on a light ground.
+
+    Shifts and overlaid digits take a ground of zeros for granted, and a network trains better on
+    it.
+
+    Args:
+        dataset: Dataset.
+        colours: whether to invert images in colour too.
+    """
+    grey = dataset.x_train.shape[-1] == 1
+    if not (grey or colours) or common_ground(dataset.x_train) != "light":
+        return dataset
+    note = f"{dataset.name}: dark ink on a light ground, so all images are inverted"
+    return dataset.map_images(lambda images: 255 - images)._replace(inverted=True).with_note(note)
+
+
+def remove_ground(dataset):
+    """Subtract an even ground that is not black from all images, so that only ink is left.
+
+    A light ground is inverted first. Overlaid images are added up.
+    """
+    dataset = invert_if_light(dataset, colours=True)
+    ground = even_ground(dataset.x_train)
+    if ground is None or not ground.any():
+        return dataset
+    note = f"{dataset.name}: the ground {tuple(ground.tolist())} is subtracted from all images"
+    subtracted = dataset.map_images(lambda images: np.maximum(images, ground) - ground)
+    return subtracted.with_note(note)
+
+
+def _size_text(size):
+    """Return a size (H, W) as it is given on the command line."""
+    return f"{size[0]}x{size[1]}"

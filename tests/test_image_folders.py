@@ -1,0 +1,264 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+import utils
+from errors import ImageSizesDiffer, UserError
+from readers import image_folders
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def one_line(error):
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def folders(root, colour, train=3):
+    """A folder of images by class, cats and dogs of 6×4 pixels, and files to be ignored."""
+    for split, count in (("train", train), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            place = root / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                value = 100 * label + 10 * number + (split == "test")
+                pixels = np.full((6, 4, 3), value, np.uint8)
+                pixels[..., 0] += 50 * (colour and name == "dog")
+                Image.fromarray(pixels).save(place / f"{number}.{'PNG' if number == 2 else 'png'}")
+            (place / "notes.txt").write_text("no image")
+        (root / split / ".hidden").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_folder_of_images_by_class_is_a_data_set(tmp_path, colour):
+    data = datasets.load_dataset(str(folders(tmp_path / "pets", colour)), "nowhere")
+    assert data.name == "pets" and data.class_names == ("cat", "dog")
+    assert data.x_train.shape == (6, 6, 4, 3 if colour else 1) and data.x_test.shape[0] == 4
+    train = sorted(zip(data.x_train[:, 0, 0, -1].tolist(), data.y_train.tolist(), strict=True))
+    assert train == [(0, 0), (10, 0), (20, 0), (100, 1), (110, 1), (120, 1)]
+    test = sorted(zip(data.x_test[:, 5, 3, 0].tolist(), data.y_test.tolist(), strict=True))
+    red = 150 if colour else 100
+    assert test == [(1, 0), (11, 0), (red + 1, 1), (red + 11, 1)]
+
+
+def test_the_classes_of_a_folder_are_mixed_the_same_way_each_time(tmp_path):
+    folder = str(folders(tmp_path / "pets", False, train=10))
+    labels = datasets.load_dataset(folder, "").y_train
+    assert 2 <= labels[:10].sum() <= 8 and labels.sum() == 10
+    order = utils.random_stream(0, 0, "folder train").permutation(20)
+    assert labels.tolist() == [int(position >= 10) for position in order]
+    np.testing.assert_array_equal(datasets.load_dataset(folder, "").y_train, labels)
+
+
+def test_a_folder_that_is_no_data_set_is_refused_with_what_is_wrong(tmp_path):
+    def problem(change, named):
+        shutil.rmtree(tmp_path / "pets", ignore_errors=True)
+        change(folders(tmp_path / "pets", True))
+        with pytest.raises(UserError, match=named) as error:
+            datasets.load_dataset(str(tmp_path / "pets"), "")
+        one_line(error)
+
+    problem(lambda root: shutil.rmtree(root / "train/dog"), "two classes or more")
+    problem(lambda root: shutil.rmtree(root / "test"), "test/CLASS")
+    problem(lambda root: (root / "test/cow").mkdir(), "a class without .*train/cow")
+    problem(lambda root: (root / "train/cat/1.png").write_bytes(b"?"), "cannot be read as an image")
+    problem(
+        lambda root: Image.new("L", (9, 9)).save(root / "test/dog/1.png"),
+        r"test/dog/1.png has 9×9 pixels, expected 4×6 like .*train/cat/0.png",
+    )
+    problem(lambda root: [path.unlink() for path in root.glob("test/*/*.png")], "no images")
+
+
+# --- Which files are read -------------------------------------------------------------------------
+
+GREY = np.arange(24, dtype=np.uint8).reshape(6, 4) * 5
+
+
+def write(path, image=GREY, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+
+
+def small_set(root, splits=("train", "test"), classes=("cat", "dog"), count=2):
+    """A folder of images, each of its own grey."""
+    value = 0
+    for split in splits:
+        for name in classes:
+            for number in range(count):
+                value += 1
+                write(root / split / name / f"{number}.png", np.full((6, 4), value, np.uint8))
+    return root
+
+
+def load(folder, **options):
+    return datasets.load_dataset(str(folder), "nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["png", "PNG", "jpg", "jpeg", "jfif", "ppm", "pgm", "pbm", "bmp", "gif", "tif", "tga"]
+)
+def test_every_form_that_pillow_opens_is_read(tmp_path, suffix):
+    small_set(tmp_path / "pets")
+    image = Image.new("1" if suffix == "pbm" else "L", (4, 6), 255)
+    forms = {"jfif": "JPEG", "PNG": "PNG", "pgm": "PPM", "pbm": "PPM"}
+    image.save(tmp_path / f"pets/train/cat/new.{suffix}", forms.get(suffix))
+    data = load(tmp_path / "pets")
+    assert len(data.y_train) == 5 and data.notes == ()
+    assert sorted(data.x_train[:, 3, 3, 0].tolist()) == [1, 2, 3, 4, 255]
+
+
+def test_forms_that_pillow_hands_to_other_programs_are_not_read():
+    suffixes = image_folders.image_suffixes()
+    assert not suffixes & {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf", ".grib"}
+    assert {".png", ".webp", ".jfif", ".ppm"} <= suffixes
+
+
+def test_what_is_left_out_is_counted_by_its_kind(tmp_path):
+    root = small_set(tmp_path / "pets")
+    for name in ("train/cat/._0.png", "train/dog/.DS_Store", "test/cat/a.heic", "train/cat/b.heic"):
+        (root / name).write_bytes(b"")
+    (root / "train/cat/notes").write_bytes(b"")
+    (root / "train/dog/more").mkdir()
+    (root / "train/labels.csv").write_bytes(b"")
+    for name in ("train/__MACOSX", "test/__MACOSX", "train/.git", "__MACOSX/pets"):
+        (root / name).mkdir(parents=True)
+    data = load(root)
+    assert data.class_names == ("cat", "dog") and len(data.y_train) == len(data.y_test) == 4
+    (note,) = data.notes
+    assert note == (
+        f"{root}: 7 files skipped: 2 .heic, 1 in no class, 1 that is a folder in a class, 2 with a "
+        "name that begins with a dot, 1 without a suffix"
+    )
+
+
+def test_a_class_without_images_is_refused(tmp_path):
+    for split in "train", "test":
+        root = small_set(tmp_path / split)
+        for path in (root / split / "cat").iterdir():
+            path.rename(path.with_suffix(".heic"))
+        with pytest.raises(UserError, match=f"{split}: no images in cat, expected some") as error:
+            load(root)
+        one_line(error)
+
+
+def test_all_damaged_files_are_named_at_once_the_first_ten_and_how_many(tmp_path):
+    root = small_set(tmp_path / "pets", count=7)
+    damaged = [root / f"train/{name}/{n}.png" for name in ("cat", "dog") for n in range(6)]
+    for number in 2, 10, 12:
+        for path in damaged[:number]:
+            path.write_bytes(b"?")
+        with pytest.raises(UserError, match=f"{number} files cannot be read") as error:
+            load(root)
+        text = one_line(error)
+        assert all(str(path) in text for path in damaged[: min(10, number)])
+        assert ("and 2 more" in text) is (number == 12)
+
+
+def test_classes_come_in_natural_order(tmp_path):
+    names = ["10", "0", "2", "11", "1", "b", "a10", "a9", "z"]
+    data = load(small_set(tmp_path / "numbers", classes=names))
+    assert data.class_names == ("0", "1", "2", "10", "11", "a9", "a10", "b", "z")
+    greys = {name: 1 + 2 * place for place, name in enumerate(names)}  # of its first image
+    for image, label in zip(data.x_train[:, 0, 0, 0], data.y_train, strict=True):
+        assert image in (greys[data.class_names[label]], greys[data.class_names[label]] + 1)
+
+
+# --- Sizes and splits -----------------------------------------------------------------------------
+
+
+def test_images_of_different_sizes_are_refused_or_made_to_fit(tmp_path):
+    root = small_set(tmp_path / "pets")
+    photo = np.zeros((30, 60, 3), np.uint8)
+    photo[:, :30] = 200, 100, 50
+    write(root / "train/cat/photo.png", photo)
+    with pytest.raises(ImageSizesDiffer, match="photo.png has 60×30 pixels, expected 4×6 like"):
+        load(root)
+    data = load(root, image_size=(10, 20))
+    assert data.x_train.shape == (5, 10, 20, 3) and data.x_test.shape == (4, 10, 20, 3)
+    index = int(np.argmax(data.x_train[:, 5, 2, 0]))
+    assert data.x_train[index, 5, 2].tolist() == [200, 100, 50]
+    assert data.x_train[index, 5, 17].tolist() == [0, 0, 0]
+    assert data.notes == (f"{root}: images made to fit 10x20 pixels",)
+
+
+@pytest.mark.parametrize(
+    "splits", [("Train", "Test"), ("TRAIN", "TEST"), ("training", "testing"), ("train", "test")]
+)
+@pytest.mark.parametrize("wrapping", ["", "pets", "pets/more"])
+def test_splits_may_be_in_capitals_and_wrapped_in_another_folder(tmp_path, splits, wrapping):
+    small_set(tmp_path / "pets" / wrapping, splits)
+    (tmp_path / "pets/__MACOSX").mkdir()
+    data = load(tmp_path / "pets")
+    assert data.name == "pets" and data.class_names == ("cat", "dog") and data.notes == ()
+    assert sorted(data.x_train[:, 0, 0, 0].tolist()) == [1, 2, 3, 4]
+    assert sorted(data.x_test[:, 0, 0, 0].tolist()) == [5, 6, 7, 8]
+
+
+def test_two_folders_of_the_same_split_are_refused(tmp_path):
+    root = small_set(tmp_path / "pets", ("train", "test", "training"))
+    with pytest.raises(UserError, match="train and training are the same split"):
+        load(root)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_a_validation_folder_is_a_part_of_its_own(tmp_path, name):
+    data = load(small_set(tmp_path / "pets", ("train", "test", name)))
+    assert sorted(data.x_train[:, 0, 0, 0].tolist()) == [1, 2, 3, 4]
+    assert sorted(data.x_validation[:, 0, 0, 0].tolist()) == [9, 10, 11, 12]
+    labels = dict(zip(data.x_validation[:, 0, 0, 0].tolist(), data.y_validation, strict=True))
+    assert labels == {9: 0, 10: 0, 11: 1, 12: 1}
+    assert load(small_set(tmp_path / "other")).x_validation is None
+
+
+def parts(data):
+    return [sorted(part[:, 0, 0, 0].tolist()) for part in (data.x_train, data.x_test)]
+
+
+def test_of_a_folder_without_splits_a_sixth_is_held_out_by_the_seed(tmp_path):
+    root = small_set(tmp_path / "pets", ("",), count=12)
+    data = load(root)
+    train, test = parts(data)
+    assert sorted(train + test) == list(range(1, 25)) and len(test) == 4
+    assert np.bincount(data.y_test).tolist() == [2, 2]  # as many of each class
+    for images, labels in (data.x_train, data.y_train), (data.x_test, data.y_test):
+        assert (images[:, 0, 0, 0] > 12).astype(int).tolist() == labels.tolist()
+    (note,) = data.notes
+    assert note == (
+        f"{root}: no train and test folders, so 4 of 24 images, drawn by seed 0, are held out as "
+        "test images"
+    )
+    assert parts(load(root)) == [train, test]
+    assert len({tuple(parts(load(root, seed=seed))[1]) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("cats, dogs", [(1, 5), (1, 20), (7, 8), (3, 40)])
+def test_every_class_keeps_images_to_train(tmp_path, cats, dogs):
+    small_set(tmp_path / "pets", ("",), ("cat",), cats)
+    small_set(tmp_path / "pets", ("",), ("dog",), dogs)
+    data = load(tmp_path / "pets")
+    assert len(data.y_test) == (cats + dogs) // 6
+    assert set(data.y_train) == {0, 1}
+
+
+def test_too_few_images_to_hold_out_some_are_refused(tmp_path):
+    small_set(tmp_path / "five", ("",), ("cat",), 2)
+    small_set(tmp_path / "five", ("",), ("dog",), 3)
+    small_set(tmp_path / "singles", ("",), tuple("abcdefg"), 1)
+    for name, count in ("five", 5), ("singles", 7):
+        with pytest.raises(UserError, match=f"{count} images, too few to hold out a sixth"):
+            load(tmp_path / name)
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    write(tmp_path / "flat/a.png")
+    write(tmp_path / "single/cat/a.png")
+    for name in "flat", "single":
+        with pytest.raises(UserError, match="or CLASS for two classes or more") as error:
+            load(tmp_path / name)
+        assert f"{tmp_path / name}: " in one_line(error)
