@@ -124,22 +124,35 @@ def fetch(name: str, data_dir="data", mirror: str | None = None, report=print) -
     _remove_stale(folder)
     try:
         for file in DATASETS[name].files:
-            path = folder / file.name
+            path = _path_on_disk(folder, file)
             try:
                 verify(path, file)
             except (FileNotFoundError, DownloadError) as error:
                 state = f"damaged, {error}" if isinstance(error, DownloadError) else "missing"
-                report(f"{name}: {file.name} {state}")
+                report(f"{name}: {path.name} {state}")
+                path = folder / file.name
                 folder.mkdir(parents=True, exist_ok=True)
                 _fetch_file([base + file.name for base in addresses], path, file, report)
-            report(f"{name}: {file.name} verified (SHA-256 {file.sha256[:12]}...)")
+            report(f"{name}: {path.name} verified (SHA-256 {file.sha256[:12]}...)")
     except OSError as error:
         raise DownloadError(f"{name}: {error.filename or folder}: {_one_line(error)}") from error
     return folder
 
 
+def _path_on_disk(folder: Path, file: File) -> Path:
+    """Return where a file is: gzipped, as it is fetched, or else unpacked, if that can be verified.
+
+    Some archives have a dot where the original has a hyphen.
+    """
+    path = folder / file.name
+    unpacked = [path.with_suffix(""), folder / path.stem.replace("-idx", ".idx")]
+    if path.exists() or file.packed:
+        return path
+    return next((other for other in unpacked if other.exists()), path)
+
+
 def verify(path, file: File) -> None:
-    """Check that the file at `path` is `file`, byte for byte.
+    """Check that the file at `path`, gzipped or not, is `file`, byte for byte.
 
     Read in small pieces and stop past the expected size, so that no input can fill the memory.
 
@@ -149,7 +162,8 @@ def verify(path, file: File) -> None:
     """
     digest, size, fault = hashlib.sha256(), 0, "not the right contents"
     try:
-        with open(path, "rb") if file.packed else gzip.open(path) as stream:
+        unpacks = Path(path).suffix in (".gz", ".part") and not file.packed
+        with gzip.open(path) if unpacks else open(path, "rb") as stream:
             while size <= file.size and (chunk := stream.read(CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)

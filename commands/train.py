@@ -120,8 +120,8 @@ def describe(session):
     pairs = " in pairs" if data.overlap else ""
     lines.append(
         f"{images:,} training images{pairs} of {shape}, {len(data.class_names)} classes; batches "
-        f"of {flags.batch_size}, {math.ceil(images / flags.batch_size):,} steps an epoch; training "
-        f"takes about {memory / 1e9:.1f} GB of memory"
+        f"of {flags.batch_size}, {plural(math.ceil(images / flags.batch_size), 'step')} an epoch; "
+        f"training takes about {memory / 1e9:.1f} GB of memory"
     )
     available = runtime.memory_size()
     if available and memory > available and not runtime.has_gpu():

@@ -164,8 +164,8 @@ def _files_of(place, names, skipped):
             empty.append(folder.name)
     if empty:
         raise UserError(
-            f"{place}: no images in {_listed(empty)}, expected some for each class, in files that "
-            f"end in {', '.join(sorted(suffixes))}; remove empty folders"
+            f"{place}: no images in {_listed(empty)}, expected some for each class, in a "
+            "format that Pillow reads (.png, .jpg, .tif, .webp and others); remove empty folders"
         )
     return files
 

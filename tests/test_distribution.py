@@ -108,6 +108,12 @@ def train_on_replicas(count, folder):
     np.savez(folder / "weights.npz", *state(trainer))
 
 
+def test_one_device_needs_no_strategy():
+    assert not tf.config.list_logical_devices("GPU")
+    for name in "auto", "one":
+        assert choose_strategy(name) is tf.distribute.get_strategy()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folders of what was trained without a strategy and on two replicas."""

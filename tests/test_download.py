@@ -127,6 +127,21 @@ def test_any_recompression_of_the_right_bytes_is_right(tmp_path, target, level):
     assert target.read_bytes() == halves
 
 
+@pytest.mark.parametrize("name", [LABELS[:-3], LABELS[:-3].replace("-idx", ".idx")])
+def test_an_unpacked_file_is_verified_and_replaced_only_if_it_is_damaged(
+    tmp_path, target, server, name
+):
+    path = target.parent / name
+    path.parent.mkdir()
+    path.write_bytes(gzip.decompress(GOOD))
+    assert get(tmp_path, None) == [f"mnist: {name} verified (SHA-256 65a50cbbf4e9...)"]
+    assert leftovers(tmp_path) == [path]
+    path.write_bytes(gzip.decompress(GOOD)[:-1])
+    lines = get(tmp_path, server.url + "ok")
+    assert lines[0].startswith(f"mnist: {name} damaged") and "verified" in lines[-1]
+    assert target.read_bytes() == GOOD  # which is read before the unpacked one
+
+
 def test_a_packed_file_is_right_only_byte_for_byte(tmp_path):
     file = File("x.gz", len(GOOD), hashlib.sha256(GOOD).hexdigest(), packed=True)
     path = tmp_path / "x.gz"

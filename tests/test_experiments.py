@@ -67,19 +67,44 @@ def lines_of(panel):
 
 
 @pytest.mark.parametrize(
-    "architecture, side, digits, low, high, dropout",
+    "architecture, side, digits, layers, parameters, dropout",
     [
-        ("mnist", 28, 1, 35.35e6, 35.45e6, 0.5),  # section 5: 35.4M
-        ("multi", 36, 2, 24.555e6, 24.565e6, 0.0),  # section 6.1: 24.56M
-        ("affine", 40, 1, 0.95 * 11_227_904, 1.05 * 11_227_904, 0.5),  # CapsNet without decoder
+        # Section 5: 35.4M parameters. Inputs, with the bias, times outputs of each layer.
+        (
+            "mnist",
+            28,
+            1,
+            ((25, 256), (6400, 256), (6400, 128), (100352, 328), (328, 192), (192, 10)),
+            (35.35e6, 35.45e6),
+            0.5,
+        ),
+        # Section 6.1: 24.56M; 36×36 pixels are pooled to 18×18 and 9×9.
+        (
+            "multi",
+            36,
+            2,
+            ((81, 512), (12800, 256), (81 * 256, 1024), (1024, 10)),
+            (24.555e6, 24.565e6),
+            0.0,
+        ),
+        # Section 5.2: about as many as the CapsNet without its decoder.
+        (
+            "affine",
+            40,
+            1,
+            ((25, 256), (6400, 256), (6400, 128), (100 * 128, 720), (720, 10)),
+            (0.95 * 11_227_904, 1.05 * 11_227_904),
+            0.5,
+        ),
     ],
 )
 def test_the_baselines_have_the_papers_parameters_and_dropout(
-    architecture, side, digits, low, high, dropout
+    architecture, side, digits, layers, parameters, dropout
 ):
     net = cnn.CNN((side, side, 1), 10, architecture, digits)
     count = sum(math.prod(v.shape) for v in net.variables)
-    assert low <= count <= high
+    assert count == sum((inputs + 1) * outputs for inputs, outputs in layers)
+    assert parameters[0] <= count <= parameters[1]
     last = net.hidden[-1]
     last.kernel.assign(np.eye(*last.kernel.shape))  # so the logits show ten units of the layer
     net.hidden[-2].bias.assign(np.ones(last.kernel.shape[0]))  # and most of them are active
@@ -395,6 +420,12 @@ RESULTS_OF_TABLE1 = {
     "1-no": [outcome(4, 70)],
     "3-yes": [outcome(0, 40), outcome(1, 50, 11), outcome(2, 48)],  # deviation 0.0529 by hand
 }
+
+
+def test_two_outcomes_have_a_deviation_and_one_has_none():
+    mean, deviation = table1.mean_error([outcome(0, 40), outcome(1, 50)])
+    assert mean == pytest.approx(0.45) and deviation == pytest.approx(0.1 / 2**0.5)
+    assert table1.mean_error([outcome(0, 40)]) == (0.4, None)
 
 
 def test_the_table_has_means_deviations_and_the_papers_column():
