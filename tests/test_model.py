@@ -437,6 +437,7 @@ def test_layer_sizes_are_those_of_the_layers_of_a_network(shape, classes, config
         (32, 96, 3, 2, 5066),
         (64, 96, 3, 2, 7764),
         (16, 96, 3, 10, 6579),
+        (64, 104, 3, 2, 8666),
     ],
 )
 def test_the_memory_estimated_is_within_a_tenth_of_what_was_measured(
