@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import ops
+from commands.appearance import KEY, PLAIN
 from commands.evaluate import training_seconds
 from errors import UserError
 from model import CapsNet
@@ -28,6 +29,8 @@ def export(session):
     with contextlib.suppress(OSError, ValueError):
         result = json.loads((session.folders.logs / "test.json").read_text("utf-8"))
     metadata = session.metadata | {"seconds": training_seconds(session)}
+    if session.appearance != PLAIN:  # checkpoints of earlier versions do not say it
+        metadata[KEY] = session.appearance.to_metadata()
     card = model_card(session, metadata, result)
     write_network(session.network, folder, metadata, card, session.digits_per_example)
     names = ("capsnet.keras", "saved_model", "weights.npz", "README.md")

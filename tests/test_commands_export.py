@@ -24,8 +24,9 @@ from story import (
 )
 
 import runtime
+from commands.appearance import appearance_from, measure_appearance
 from commands.export import check_new, model_card, write_network
-from commands.pretrained import load_pretrained
+from commands.pretrained import load_pretrained, pretrained_metadata
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from input_pipeline import Data
 from model import CapsNet
@@ -269,6 +270,12 @@ def test_the_seconds_of_the_training_are_kept_in_an_export(tmp_path, exported):
     metadata = {"shape": network.architecture, "seconds": 77.5}
     write_network(network, tmp_path / "a", metadata, "card")
     assert load_pretrained(network, tmp_path / "a")["seconds"] == 77.5
+
+
+def test_an_export_says_how_the_training_images_look_even_if_its_checkpoint_does_not(exported):
+    metadata = pretrained_metadata(exported / "taken/along")
+    expected = measure_appearance(make_session(*FAST).train_data)
+    assert appearance_from(metadata) == expected and expected.ink_style is not None
 
 
 def test_missing_other_and_damaged_weights_are_told_apart(tmp_path, exported):
