@@ -35,7 +35,6 @@ import commands.train
 import datasets
 import errors
 import main
-import results
 import runtime
 import training.distribution
 from training.folders import claim, run_lock
@@ -790,27 +789,6 @@ def test_the_table_of_results_in_the_docs_is_the_one_made_from_the_results():
         capture_output=True,
     ).stdout.strip()
     assert shown.count("\n") > 3 and shown in (ROOT / "docs" / "results.md").read_text()
-
-
-def test_the_table_of_results_has_mean_and_deviation_of_runs_that_differ_in_their_seed():
-    runs = [
-        {
-            "command": f"main.py --train --test --seed={seed}",
-            "seed": seed,
-            "wrong": wrong,
-            "images": 10000,
-            "error_percent": wrong / 100,
-            "training_seconds": 3000.0,
-            "date": "2026-11-24T00:00:00+00:00",
-        }
-        for seed, wrong in [(1, 40), (0, 50), (2, 45)]
-    ]
-    assert results.rows(runs) == [
-        [
-            *("`python main.py --train --test`", "0, 1, 2", "50, 40, 45 of 10,000"),
-            *("0.450 ± 0.050", "50, 50, 50", "2026-11-24"),
-        ]
-    ]
 
 
 def test_a_lack_of_memory_that_tensorflow_reports_gets_the_advice_for_a_lack_of_memory():
