@@ -146,6 +146,18 @@ def processor():
     return name
 
 
+def bfloat16_units():
+    """Return the units of the processor that multiply bfloat16 numbers: AMX, AVX512-BF16 or both.
+
+    Empty where it has none, or where the system does not say (only Linux does).
+    """
+    flags = set()
+    with contextlib.suppress(OSError):
+        flags.update(re.findall(r"\b\w+_bf16\b", Path("/proc/cpuinfo").read_text()))
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+    return [name for flag, name in names.items() if flag in flags]
+
+
 def machine():
     """Return the processor, its number of cores and the GPUs, in one line."""
     return ", ".join([f"{processor()} ({os.cpu_count()} cores)", *(gpu_names() or ["no GPU"])])

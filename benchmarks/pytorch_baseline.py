@@ -1,14 +1,18 @@
-"""This tool against a plain PyTorch CapsNet: same network, loss and optimizer.
+"""This tool against a CapsNet in PyTorch: same network, loss and optimizer.
 
     pip install torch
     python benchmarks/pytorch_baseline.py [--rounds=7] [--steps=5] [--batch_size=64]
 
-Each runs in its own process with its default settings. They take turns, and the ratio is the median
-over the rounds of the ratios within a round. Training is with data deformation.
+PyTorch is measured as people write it, and faster step by step: with the memory layout
+channels_last, with votes and routing as products of matrices, compiled, and in bfloat16 where the
+processor computes with it. Each variant and this tool run in a process of their own and take
+turns. A ratio is the median over the rounds of the ratios within a round. Training is with data
+deformation.
 """
 
 import importlib.metadata
 import importlib.util
+import shutil
 import sys
 
 import numpy as np
@@ -20,82 +24,34 @@ import runtime
 
 PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
-HEADER = ["", "PyTorch ms", "this tool ms", "ratio (median)", "ratios"]
+# What is measured: (name, keys of `pytorch_capsnet.Variant`).
+VARIANTS = (
+    ("PyTorch, plain", ()),
+    ("channels_last", ("channels_last",)),
+    ("products", ("einsum",)),
+    ("products, channels_last", ("einsum", "channels_last")),
+    ("products, compiled", ("einsum", "compiled")),
+    ("products, channels_last, compiled", ("einsum", "channels_last", "compiled")),
+    ("bfloat16, products, channels_last", ("bfloat16", "einsum", "channels_last")),
+    ("bfloat16, products, compiled", ("bfloat16", "einsum", "compiled")),
+    (
+        "bfloat16, products, channels_last, compiled",
+        ("bfloat16", "einsum", "channels_last", "compiled"),
+    ),
+)
+TOOL = "this tool"
 CALLS = {}  # of this process: what to time, by name
 
 
-def pytorch(batch_size):
-    """Return calls that train one step and classify one batch, in PyTorch as people write it."""
-    import torch
-    import torch.nn.functional as F  # noqa: N812 - as everybody writes it
-    from torch import nn
+def pytorch(options, batch_size):
+    """Return calls that train one step and classify one batch in PyTorch."""
+    import pytorch_capsnet
 
-    def squash(s):
-        squared = (s**2).sum(-1, keepdim=True)
-        return squared / (1 + squared) * s / torch.sqrt(squared + 1e-9)
-
-    class CapsNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(1, 256, 9)
-            self.primary = nn.Conv2d(256, 256, 9, stride=2)
-            self.W = nn.Parameter(0.1 * torch.randn(1, 1152, 10, 16, 8))
-            self.decoder = nn.Sequential(
-                nn.Linear(160, 512),
-                nn.ReLU(),
-                nn.Linear(512, 1024),
-                nn.ReLU(),
-                nn.Linear(1024, 784),
-                nn.Sigmoid(),
-            )
-
-        def forward(self, x):
-            u = self.primary(F.relu(self.conv1(x))).view(-1, 32, 8, 36)
-            u = squash(u.permute(0, 1, 3, 2).reshape(-1, 1152, 8))
-            u_hat = (self.W @ u[:, :, None, :, None]).squeeze(-1)
-            b = torch.zeros(x.shape[0], 1152, 10)
-            for r in range(3):
-                v = squash((F.softmax(b, dim=2)[..., None] * u_hat).sum(dim=1))
-                if r < 2:
-                    b = b + (u_hat * v[:, None]).sum(-1)
-            return v
-
-    network = CapsNet()
-    check_size(sum(p.numel() for p in network.parameters()))
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
-    images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
-    labels = F.one_hot(torch.tensor(dataset.y_train[:batch_size]).long(), 10).float()
-
-    def shifted(images):
-        padded, moves = F.pad(images, (2, 2, 2, 2)), torch.randint(0, 5, (len(images), 2))
-        return torch.stack(
-            [
-                image[:, y : y + 28, x : x + 28]
-                for image, (y, x) in zip(padded, moves.tolist(), strict=True)
-            ]
-        )
-
-    def train():
-        x = shifted(images)
-        v = network(x)
-        length = v.norm(dim=-1)
-        margin = (
-            (labels * F.relu(0.9 - length) ** 2 + 0.5 * (1 - labels) * F.relu(length - 0.1) ** 2)
-            .sum(1)
-            .mean()
-        )
-        y = network.decoder((v * labels[..., None]).reshape(-1, 160))
-        loss = margin + 0.0005 * ((y - x.view(-1, 784)) ** 2).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    @torch.no_grad()
-    def infer():
-        return network(images).norm(dim=-1).numpy()
-
+    variant = pytorch_capsnet.Variant(**dict.fromkeys(options, True))
+    images, labels = dataset.x_train[:batch_size], dataset.y_train[:batch_size]
+    train, infer, network = pytorch_capsnet.calls(variant, images, labels)
+    check_size(sum(p.numel() for p in network.parameters()))
     return {TRAIN: train, INFER: infer}
 
 
@@ -117,9 +73,9 @@ def check_size(parameters):
         raise RuntimeError(f"{parameters:,} parameters, expected {PARAMETERS:,}")
 
 
-def prepare(make, batch_size):
+def prepare(make, *arguments):
     """Make what this process times."""
-    CALLS.update(make(batch_size))
+    CALLS.update(make(*arguments))
 
 
 def measure(name, steps):
@@ -127,39 +83,99 @@ def measure(name, steps):
     return timing.milliseconds(CALLS[name], steps)
 
 
+def variants_here(units, compiler):
+    """Return which VARIANTS can be measured, and a line on each kind that cannot.
+
+    Args:
+        units: names of the processor's bfloat16 units, see `runtime.bfloat16_units`.
+        compiler: whether there is a C++ compiler, which torch.compile needs.
+    """
+    measured, lines = [], []
+    for name, options in VARIANTS:
+        if not (("bfloat16" in options and not units) or ("compiled" in options and not compiler)):
+            measured.append((name, options))
+    if not units:
+        lines.append("Not measured: bfloat16, as this processor has no units for it.")
+    if not compiler:
+        lines.append("Not measured: torch.compile, as there is no C++ compiler (g++ or clang++).")
+    return measured, lines
+
+
 def compare(flags):
-    """Let both take turns and print the table."""
+    """Let all take turns and print the tables."""
     if not importlib.util.find_spec("torch"):
         raise errors.UserError(
             "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
-    with (
-        timing.new_process(prepare, (pytorch, flags.batch_size)) as baseline,
-        timing.new_process(prepare, (this_tool, flags.batch_size)) as tool,
-    ):
-        times = {TRAIN: [], INFER: []}  # (PyTorch, this tool) in each round
+    units = runtime.bfloat16_units()
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    measured, lines = variants_here(units, compiler)
+    processes = {
+        name: timing.new_process(prepare, (pytorch, options, flags.batch_size))
+        for name, options in measured
+    }
+    processes[TOOL] = timing.new_process(prepare, (this_tool, flags.batch_size))
+    times = {TRAIN: [], INFER: []}
+    try:
         for _ in range(flags.rounds):
-            for name, pairs in times.items():
-                processes = (baseline, tool)
-                pairs.append([p.submit(measure, name, flags.steps).result() for p in processes])
+            for task, rounds in times.items():
+                rounds.append(
+                    {
+                        name: process.submit(measure, task, flags.steps).result()
+                        for name, process in processes.items()
+                    }
+                )
+        memory = {name: p.submit(timing.peak_megabytes).result() for name, p in processes.items()}
+    finally:
+        for process in processes.values():
+            process.shutdown()
     version = importlib.metadata.version("torch")
     print(
-        f"{timing.machine()}, PyTorch {version}; batch {flags.batch_size}, {flags.rounds} rounds\n"
+        f"{timing.machine()}, PyTorch {version}; bfloat16 units: {', '.join(units) or 'none'}; "
+        f"batch {flags.batch_size}, {flags.rounds} rounds\n"
     )
-    timing.print_table(HEADER, [row(name, np.array(pairs)) for name, pairs in times.items()])
+    timing.print_table(["", f"{TRAIN}, ms", f"{INFER}, ms", "peak MB"], speeds(times, memory))
+    float32 = [name for name, options in measured if "bfloat16" not in options]
+    compared = (
+        ("plain PyTorch", ["PyTorch, plain"]),
+        ("the fastest PyTorch in float32", float32),
+        ("the fastest PyTorch", list(processes)[:-1]),
+    )
+    header = ["this tool is faster than", *(f"{task}: ratio (range)" for task in times)]
+    timing.print_table(header, [ratios(text, names, times) for text, names in compared])
+    if lines:
+        print("\n".join(lines))
 
 
-def row(name, pairs):
-    """Return the cells of what was timed: milliseconds (rounds, 2) of PyTorch and this tool."""
-    baseline, tool = np.median(pairs, axis=0)
-    ratios = pairs[:, 0] / pairs[:, 1]
+def speeds(times, memory):
+    """Return a row for each that was measured: median milliseconds and peak memory."""
     return [
-        name,
-        f"{baseline:.0f}",
-        f"{tool:.0f}",
-        f"{np.median(ratios):.2f}",
-        f"{ratios.min():.2f} to {ratios.max():.2f}",
+        [
+            name,
+            *(
+                f"{np.median([by_name[name] for by_name in rounds]):.0f}"
+                for rounds in times.values()
+            ),
+            f"{memory[name]:.0f}",
+        ]
+        for name in memory
     ]
+
+
+def ratios(text, names, times):
+    """Return a row that compares this tool with the fastest of some variants.
+
+    Args:
+        text: first cell.
+        names: of the variants; the fastest is the one with the lowest median of each task.
+        times: for each task a list of the rounds' milliseconds by name.
+    """
+    cells = [text]
+    for rounds in times.values():
+        fastest = min(names, key=lambda name: np.median([by_name[name] for by_name in rounds]))
+        each = np.array([by_name[fastest] / by_name[TOOL] for by_name in rounds])
+        cells.append(f"{np.median(each):.2f} ({each.min():.2f} to {each.max():.2f}), {fastest}")
+    return cells
 
 
 if __name__ == "__main__":

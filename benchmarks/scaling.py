@@ -5,7 +5,6 @@
 Each row is measured in its own process, since a process never reports less memory than it once had.
 """
 
-import resource
 import sys
 
 import timing
@@ -19,7 +18,7 @@ def measure(batch_size, image_size, steps):
     trainer = timing.make_trainer(timing.load_digits(batch_size, image_size), batch_size)
     batch = timing.first_batch(trainer)
     step_ms = timing.milliseconds(lambda: trainer.train_step(batch).numpy(), steps)
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    megabytes = timing.peak_megabytes()
     return step_ms, megabytes, trainer.network.count_params()
 
 

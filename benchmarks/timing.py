@@ -76,6 +76,13 @@ def milliseconds(function, repeats):
     return 1000 * float(np.median(times))
 
 
+def peak_megabytes():
+    """Return the peak memory of this process so far."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def new_process(initializer=runtime.start_tensorflow, arguments=()):
     """Return an executor of one new process, which shares nothing with this one.
 

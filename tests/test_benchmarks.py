@@ -196,9 +196,37 @@ def test_the_ratios_of_speed_are_medians_of_ratios_within_a_round():
     ]  # fmt: skip
 
 
+# Milliseconds by name in each of three rounds.
+ROUNDS = [
+    {"PyTorch, plain": 600.0, "a": 300.0, "b": 310.0, pytorch_baseline.TOOL: 100.0},
+    {"PyTorch, plain": 500.0, "a": 600.0, "b": 310.0, pytorch_baseline.TOOL: 200.0},
+    {"PyTorch, plain": 900.0, "a": 300.0, "b": 330.0, pytorch_baseline.TOOL: 300.0},
+]
+
+
 def test_the_ratio_to_pytorch_is_the_median_of_the_ratios_within_a_round():
-    pairs = np.array([[600.0, 100], [500, 200], [900, 300]])
-    assert pytorch_baseline.row("step", pairs) == ["step", "600", "200", "3.00", "2.50 to 6.00"]
+    times = {"step": ROUNDS}
+    plain = pytorch_baseline.ratios("plain", ["PyTorch, plain"], times)
+    assert plain == ["plain", "3.00 (2.50 to 6.00), PyTorch, plain"]
+    # a has the lowest median, 300; its ratios are 3, 3 and 1.
+    fastest = pytorch_baseline.ratios("fastest", ["PyTorch, plain", "a", "b"], times)
+    assert fastest == ["fastest", "3.00 (1.00 to 3.00), a"]
+
+
+def test_the_speeds_are_medians_over_the_rounds():
+    rows = pytorch_baseline.speeds({"step": ROUNDS, "call": ROUNDS[:1]}, {"a": 12.4, "b": 7})
+    assert rows == [["a", "300", "300", "12"], ["b", "310", "310", "7"]]
+
+
+def test_what_the_machine_cannot_run_is_left_out_and_said():
+    everything, nothing_said = pytorch_baseline.variants_here(["AMX"], compiler=True)
+    assert tuple(everything) == pytorch_baseline.VARIANTS and not nothing_said
+    float32, (line,) = pytorch_baseline.variants_here([], compiler=True)
+    assert len(float32) == 6 and not any("bfloat16" in name for name, _ in float32)
+    assert line.startswith("Not measured: bfloat16")
+    eager, (line,) = pytorch_baseline.variants_here(["AMX"], compiler=False)
+    assert len(eager) == 5 and not any("compiled" in name for name, _ in eager)
+    assert line.startswith("Not measured: torch.compile")
 
 
 def test_replicas_are_compared_with_one_in_units_of_each_arrays_largest_value():

@@ -264,6 +264,27 @@ def test_the_machine_is_named_with_its_processor_cores_and_gpus(monkeypatch):
     assert runtime.machine() == "Fast: 3000 (3 cores), A100, GPU"
 
 
+def test_bfloat16_units_are_read_from_the_flags_of_the_processor(monkeypatch):
+    flags = ""
+
+    def read_text(path):
+        assert str(path) == "/proc/cpuinfo"
+        return f"processor\t: 0\nflags\t\t: avx2{flags} fma\n" * 2
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert runtime.bfloat16_units() == []
+    flags = " avx512_bf16 avx512_bf16x"
+    assert runtime.bfloat16_units() == ["AVX512-BF16"]
+    flags = " avx512_bf16 amx_tile amx_bf16 amx_int8"
+    assert runtime.bfloat16_units() == ["AMX", "AVX512-BF16"]
+
+    def fail(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert runtime.bfloat16_units() == []
+
+
 def test_a_processor_without_cpuinfo_has_the_name_that_python_knows(monkeypatch):
     def missing(self):
         raise FileNotFoundError(self)
