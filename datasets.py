@@ -1,8 +1,9 @@
-"""Load a data set, and make it alike: one size, light ink on a dark ground.
+"""Load a data set, and normalize it: one size, light ink on a dark ground.
 
-Whatever is changed, left out or held out on the way is said in `Dataset.notes`.
+`Dataset.notes` lists whatever was changed, left out or held out.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,12 @@ from errors import UserError
 from readers.idx import CLASS_NAMES, read_idx_files
 from readers.image_folders import read_folders
 from readers.npz import read_npz
-from utils import edge_color, edge_pixels, fit_image, is_dark_on_light, printable
+from utils import edge_color, edge_pixels, evenly, fit_image, is_dark_on_light, printable
 
 FORMS = (
     f"{', '.join(CLASS_NAMES)}, a .npz file with x_train, y_train, x_test and y_test, or a folder "
     "of images, FOLDER/CLASS/* or FOLDER/train/CLASS/* and FOLDER/test/CLASS/*"
 )
-_SAMPLE = 1000  # images of which the ground is judged
 
 
 def load_dataset(name, data_dir, image_size=None, seed=0):
@@ -37,11 +37,11 @@ def load_dataset(name, data_dir, image_size=None, seed=0):
     Raises:
         DataFileError: IDX files are missing, damaged or do not fit each other.
         ImageSizesDiffer: the images of a folder have several sizes, and `image_size` is None.
-        UserError: the name is unknown, or the .npz file or the folder is no data set.
+        UserError: the name is unknown, or the .npz file or the folder is not a data set.
     """
     if name in CLASS_NAMES:
         return _fit_all(read_idx_files(name, Path(data_dir) / name), image_size)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return invert_if_light(read_folders(path, image_size, seed))
     if path.suffix == ".npz":
@@ -53,7 +53,7 @@ def dataset_name(name):
     """Return the `Dataset.name` of what `load_dataset` loads under a name, without loading it."""
     if name in CLASS_NAMES:
         return name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_file = path.suffix == ".npz" and not path.is_dir()
     return printable(path.stem if is_file else path.resolve().name)
 
@@ -63,8 +63,7 @@ def _fit_all(dataset, image_size):
     before = dataset.x_train.shape[1:3]
     if image_size is None or before == tuple(image_size):
         return dataset
-    changed = f"from {_size_text(before)} to {_size_text(image_size)} pixels"
-    note = f"{dataset.name}: images resized {changed}"
+    note = f"images resized from {_size_text(before)} to {_size_text(image_size)} pixels"
     return dataset.map_images(lambda images: _resized(images, image_size)).with_note(note)
 
 
@@ -88,8 +87,7 @@ def common_ground(images):
     Args:
         images: (N, H, W, C) uint8.
     """
-    sample = images[:: max(1, len(images) // _SAMPLE)]
-    light = np.mean([is_dark_on_light(image) for image in sample])
+    light = np.mean([is_dark_on_light(image) for image in evenly(images)])
     if light > 0.95:
         return "light"
     if light < 0.05:
@@ -99,7 +97,7 @@ def common_ground(images):
 
 def even_ground(images):
     """Return the colour that nearly all edges of images (N, H, W, C) have, uint8 (C,), or None."""
-    sample = images[:: max(1, len(images) // _SAMPLE)]
+    sample = evenly(images)
     ground = np.median([edge_color(image) for image in sample], axis=0)
     edges = np.concatenate([edge_pixels(image) for image in sample])
     close = (np.abs(edges - ground) <= 32).all(axis=1).mean()
@@ -109,17 +107,29 @@ def even_ground(images):
 def invert_if_light(dataset, colours=False):
     """Invert a Dataset whose images are dark ink on a light ground.
 
-    Shifts and overlaid digits take a ground of zeros for granted, and a network trains better on
-    it.
+    Shifts and overlaid digits assume a black ground, and a network trains better on it.
 
     Args:
         dataset: Dataset.
         colours: whether to invert images in colour too.
+
+    Raises:
+        UserError: the training images have a light ground, and those of another part a dark one.
     """
     grey = dataset.x_train.shape[-1] == 1
-    if not (grey or colours) or common_ground(dataset.x_train) != "light":
+    if not (grey or colours):
         return dataset
-    note = f"{dataset.name}: dark ink on a light ground, so all images are inverted"
+    ground = common_ground(dataset.x_train)
+    for part, images in ("test", dataset.x_test), ("validation", dataset.x_validation):
+        other = None if images is None else common_ground(images)
+        if None not in (ground, other) and other != ground:
+            raise UserError(
+                f"{dataset.name}: the training images have a {ground} ground and the {part} images "
+                f"a {other} one, expected the same; invert one part"
+            )
+    if ground != "light":
+        return dataset
+    note = "dark ink on a light ground, so all images are inverted"
     return dataset.map_images(lambda images: 255 - images)._replace(inverted=True).with_note(note)
 
 
@@ -132,9 +142,18 @@ def remove_ground(dataset):
     ground = even_ground(dataset.x_train)
     if ground is None or not ground.any():
         return dataset
-    note = f"{dataset.name}: the ground {tuple(ground.tolist())} is subtracted from all images"
-    subtracted = dataset.map_images(lambda images: np.maximum(images, ground) - ground)
-    return subtracted.with_note(note)
+    color = tuple(ground.tolist())
+    shown = color[0] if len(color) == 1 else color
+    subtracted = dataset.map_images(lambda images: subtract_ground(images, color))
+    return subtracted._replace(subtracted=color).with_note(
+        f"a ground of {shown} is subtracted from all images"
+    )
+
+
+def subtract_ground(images, color):
+    """Subtract the colour (C,) of a ground from images, uint8 (..., C), clipped at 0."""
+    color = np.array(color, np.uint8)
+    return np.maximum(images, color) - color
 
 
 def _size_text(size):

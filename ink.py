@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from utils import edge_pixels, evenly
+
 WORKING_SIZE = 400  # pixels of the longer side at which ink is looked for
 MARGIN = 0.25  # of the ink's longer side, around it, when it is looked at more closely
 FAINTEST = 12 / 255  # contrast of ink and paper; less is no ink
@@ -18,7 +20,6 @@ WINDOW = 0.4  # of the longer side: strokes narrower than this are not part of t
 LEAST_AREA = 6  # pixels; less is noise, even on a blank page
 SPECK = 0.04  # of the ink of the largest part; less is a speck
 VISIBLE = 0.2  # of the contrast of ink: where its bounding box ends
-SAMPLE = 1000  # images that a style is measured from
 LEAST_IMAGES = 10  # that show a style
 THICKEST = 0.25  # of the box; wider than this, the items of a data set are not strokes
 
@@ -48,8 +49,8 @@ def measure_style(images):
     """
     if images.shape[-1] != 1:
         return None
-    sample = images[:: max(1, len(images) // SAMPLE), ..., 0].astype(np.float32) / 255
-    edges = np.stack([_edges(image) for image in sample])
+    sample = evenly(images)[..., 0].astype(np.float32) / 255
+    edges = np.stack([edge_pixels(image) for image in sample])
     ground = np.median(edges)
     if 0.1 < ground < 0.9 or np.abs(edges - ground).mean() > 0.02:
         return None
@@ -137,11 +138,6 @@ def stroke_width(ink):
     return 2 * np.count_nonzero(mask) / max(outline * np.pi / 4, 1)
 
 
-def _edges(image):
-    """Return the pixels on the edge of an image (H, W, …)."""
-    return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-
-
 def _longer_side(ink):
     """Return the longer side of the bounding box of ink, in pixels."""
     return max(part.stop - part.start for part in _bounding_box(ink))
@@ -207,8 +203,8 @@ def isolate(image):
 def has_light_ink(image):
     """Tell whether an image, uint8 (H, W, C), differs from its edges most by what is lighter."""
     small = [ndimage.gaussian_filter(c, 1) for c in _reduced_channels(image)]
-    lighter = max(channel.max() - np.median(_edges(channel)) for channel in small)
-    darker = max(np.median(_edges(channel)) - channel.min() for channel in small)
+    lighter = max(channel.max() - np.median(edge_pixels(channel)) for channel in small)
+    darker = max(np.median(edge_pixels(channel)) - channel.min() for channel in small)
     return bool(lighter > darker)
 
 

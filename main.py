@@ -269,7 +269,7 @@ def check_values(values):
 
 
 def check_image_size(values):
-    """Raise UsageError if a size is given that is none."""
+    """Raise UsageError if --image_size is given and is not a size."""
     sides = re.fullmatch(r"(\d+)x(\d+)", values.image_size)
     given = values["image_size"].present
     if given and not (sides and all(1 <= int(side) <= LARGEST_SIDE for side in sides.groups())):

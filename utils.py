@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from errors import UserError
 
-# What NumPy raises for a damaged .npz file, or a file that is none.
+# What NumPy raises for a damaged .npz file, or one that is not an .npz file at all.
 NPZ_ERRORS = (
     OSError,
     EOFError,
@@ -30,6 +30,7 @@ NPZ_ERRORS = (
     tokenize.TokenError,
 )
 
+SAMPLE = 1000  # images that are looked at to judge all of them
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of controls and ends of lines
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def read_image(path):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":
-                return _deep_grey(image)
+                return _deep_grey(image, holds_bytes=file.format != "PPM")
             if "transparency" in image.info or "A" in image.getbands():
                 image = _flatten(image.convert("RGBA"))
             pixels = np.asarray(image.convert("RGB"))
@@ -148,10 +149,16 @@ def read_image(path):
     return pixels[..., :1] if grey else pixels
 
 
-def _deep_grey(image):
-    """Convert grey of 16 bits, or floats from 0 to 1, to uint8 (H, W, 1)."""
+def _deep_grey(image, holds_bytes):
+    """Convert grey of 16 bits, or floats from 0 to 1, to uint8 (H, W, 1).
+
+    Args:
+        image: of Pillow.
+        holds_bytes: whether whole numbers below 256 are bytes in a wide type. In a format whose
+            header says what white is, they are a dark image.
+    """
     grey, largest = np.asarray(image, np.float64), 65535 if image.mode[0] == "I" else 1
-    if image.mode == "I" and grey.max() < 256:  # a wide type that holds bytes
+    if image.mode == "I" and grey.max() < 256 and holds_bytes:
         largest = 255
     if not 0 <= grey.min() <= grey.max() <= largest:
         raise ValueError(
@@ -168,8 +175,13 @@ def _flatten(image):
     return Image.alpha_composite(ground, image)
 
 
+def evenly(items, most=SAMPLE):
+    """Return at most `most` items, evenly spread over all of them: the first, ..., the last."""
+    return items[np.linspace(0, len(items) - 1, min(len(items), most)).astype(int)]
+
+
 def edge_pixels(image):
-    """Return the pixels on the edge of an image (H, W, C): (n, C); those of the corners twice."""
+    """Return the pixels on the edge of an image (H, W, …): (n, …); those of the corners twice."""
     return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
 
 

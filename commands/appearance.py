@@ -8,19 +8,26 @@ import utils
 from datasets import common_ground
 
 KEY = "appearance"  # in the metadata of weights; a run resumes whatever it says
-SAMPLE = 1000  # images, or pairs, that are looked at
 
 
 class Appearance(NamedTuple):
     """What an image file is made to look like."""
 
-    ink_style: ink.InkStyle | None  # None if the images are no ink on an even ground
+    ink_style: ink.InkStyle | None  # None unless the images show ink on an even ground
     ground: str | None  # "light" or "dark" at the edges of nearly all images; None if neither
+    # What was done to all images when they were loaded, if their colours do not say it.
+    inverted: bool = False
+    subtracted: tuple[int, ...] | None = None  # colour of a ground
 
     def to_metadata(self):
         """Return it as a dict that can be written as JSON."""
         style = self.ink_style._asdict() if self.ink_style else None
-        return {"ink_style": style, "ground": self.ground}
+        metadata = {"ink_style": style, "ground": self.ground}
+        if self.inverted:
+            metadata["inverted"] = True
+        if self.subtracted:
+            metadata["subtracted"] = list(self.subtracted)
+        return metadata
 
 
 PLAIN = Appearance(None, None)  # files are fitted as a whole, and not inverted
@@ -30,34 +37,42 @@ def appearance_from(metadata):
     """Return the Appearance that was kept with weights; None in those of an earlier program."""
     if KEY not in metadata:
         return None
-    style, ground = metadata[KEY]["ink_style"], metadata[KEY]["ground"]
+    kept = metadata[KEY]
+    style, subtracted = kept["ink_style"], kept.get("subtracted")
     if style is not None:
         style = ink.InkStyle(**style | {"offset": tuple(style["offset"])})
-    return Appearance(style, ground)
+    return Appearance(
+        style,
+        kept["ground"],
+        kept.get("inverted", False),
+        tuple(subtracted) if subtracted else None,
+    )
 
 
-def measure_appearance(data):
+def measure_appearance(data, inverted=False, subtracted=None):
     """Return the Appearance of training images, or of the pairs composed of them.
 
     Args:
         data: Data.
+        inverted: see `Dataset`.
+        subtracted: see `Dataset`.
     """
     if data.images.shape[-1] != 1:
-        return PLAIN
+        return Appearance(None, None, inverted, subtracted)
     style = ink.measure_style(data.images)
     if not data.overlap:
-        return Appearance(style, common_ground(data.images))
+        return Appearance(style, common_ground(data.images), subtracted=subtracted)
     pairs = compose_pairs(data)
     ground = common_ground(pairs)
     paper = "dark" if style and style.light_ink else "light"
     if style is None or ground != paper:  # dark ink vanishes where pairs are added up
-        return Appearance(None, ground)
-    return Appearance(ink.style_of_pairs(style, pairs), ground)
+        return Appearance(None, ground, subtracted=subtracted)
+    return Appearance(ink.style_of_pairs(style, pairs), ground, subtracted=subtracted)
 
 
 def compose_pairs(data):
     """Return the first training images in pairs: uint8 (N, H', W', C)."""
-    plan = data.evaluation_plan().take(slice(SAMPLE))
+    plan = data.evaluation_plan().take(slice(utils.SAMPLE))
     pairs, _ = ops.compose(data.images[plan.index], plan.shift, data.padding)
     return utils.to_uint8(pairs.numpy())
 

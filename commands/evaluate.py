@@ -27,7 +27,8 @@ def test(session):
     result = make_result(session, evaluation, images_per_second)
     print_result(result, evaluation, session.test_data.overlap)
     folder, samples = session.folders.logs, Path(session.flags.sample_dir)
-    header, rows = predictions_table(session.test_data, plan, evaluation)
+    test_files = session.dataset.test_files
+    header, rows = predictions_table(session.test_data, plan, evaluation, test_files)
     utils.write_csv(folder / "predictions.csv", header, rows)
     utils.write_json(folder / "test.json", result)
     matrix = samples / "confusion_matrix.png"
@@ -63,15 +64,6 @@ def digits_right(evaluation):
     return (evaluation.labels[:, :, None] == evaluation.predictions[:, None]).any(axis=2)
 
 
-def accuracy_per_class(evaluation, class_names):
-    """Return the share of right digits by class name; None for a class that is not in the test."""
-    right, shares = digits_right(evaluation), {}
-    for number, name in enumerate(class_names):
-        of_class = evaluation.labels == number
-        shares[name] = float(right[of_class].mean()) if of_class.any() else None
-    return shares
-
-
 def scores_per_class(evaluation, class_names):
     """Return precision, recall and F1 of each class; None where one is undefined.
 
@@ -91,7 +83,12 @@ def scores_per_class(evaluation, class_names):
         precision[name] = _share(hits, predicted.sum())
         recall[name] = _share(hits, present.sum())
         f1[name] = _share(2 * hits, present.sum() + predicted.sum())
-    return {"precision_per_class": precision, "recall_per_class": recall, "f1_per_class": f1}
+    return {
+        "accuracy_per_class": recall,
+        "precision_per_class": precision,
+        "recall_per_class": recall,
+        "f1_per_class": f1,
+    }
 
 
 def _share(part, whole):
@@ -107,7 +104,7 @@ def confusion(evaluation, class_names):
     return {"confusion": matrix.tolist()}
 
 
-def predictions_table(data, plan, evaluation):
+def predictions_table(data, plan, evaluation, test_files=None):
     """Return the header and the rows of predictions.csv.
 
     A row has the numbers of the test images, counted from 0, the names of their classes and of the
@@ -118,6 +115,7 @@ def predictions_table(data, plan, evaluation):
         data: Data that was tested.
         plan: its Plan.
         evaluation: its Evaluation.
+        test_files: paths of the test images, if each is a file; then a column has them.
     """
     names, digits = data.class_names, [""]
     if data.overlap:
@@ -135,6 +133,9 @@ def predictions_table(data, plan, evaluation):
             *(part[: len(data.labels)] for part in parts), strict=True
         )
     ]
+    if test_files and not data.overlap:
+        header = ["file", *header]
+        rows = [[test_files[row[0]], *row] for row in rows]
     return header, rows
 
 
@@ -154,7 +155,6 @@ def make_result(session, evaluation, images_per_second):
         "margin_loss": evaluation.losses["margin"],
         "reconstruction_loss": evaluation.losses["reconstruction"],
         "total_loss": weights.total_loss(evaluation.losses),
-        "accuracy_per_class": accuracy_per_class(evaluation, session.dataset.class_names),
         **scores_per_class(evaluation, session.dataset.class_names),
         **confusion(evaluation, session.dataset.class_names),
         "images_per_second": images_per_second,

@@ -12,6 +12,7 @@ import figures
 import ink
 import utils
 from commands.appearance import ground_of
+from datasets import subtract_ground
 from errors import UserError
 from model import CHUNK_SIZE
 from runtime import say_written
@@ -118,7 +119,7 @@ def read_images(paths, shape, appearance):
             f"--predict reads pictures, grey or in colour, and the network takes images of "
             f"{shape[-1]} channels, expected one of 1 or 3"
         )
-    style, ground = appearance
+    style = appearance.ink_style
     pictures, failed = [], []
     for path in paths:
         try:
@@ -128,10 +129,30 @@ def read_images(paths, shape, appearance):
             continue
         image, done = place_ink(original, style, shape) if style else (None, None)
         if image is None:  # photographs, or a page without ink
-            inverted = ground is not None and ground != ground_of(original)
-            image, done = utils.fit_image(original, shape, inverted)
+            image, done = fit(original, shape, appearance)
         pictures.append(Picture(path, thumbnail(original), image, done))
     return pictures, failed
+
+
+def fit(image, shape, appearance):
+    """Make an image fit as a whole, and do to it what was done to the training images.
+
+    Args:
+        image: uint8 (h, w, 1 or 3).
+        shape: (H, W, C) of the result.
+        appearance: Appearance of the training images.
+
+    Returns:
+        uint8 (H, W, C), and in words what was done.
+    """
+    inverted = appearance.inverted
+    if appearance.ground is not None:
+        inverted = appearance.ground != ground_of(image)
+    image, done = utils.fit_image(image, shape, inverted)
+    if appearance.subtracted:
+        image = subtract_ground(image, appearance.subtracted)
+        done = f"{done}, its ground subtracted"
+    return image, done
 
 
 def place_ink(image, style, shape):

@@ -75,11 +75,12 @@ class Session:
         if flags.multi_MNIST:
             dataset = datasets.remove_ground(dataset)
         if dataset.x_validation is not None:
-            count = f"{dataset.name}: {len(dataset.y_validation)} images of its own to validate"
-            unused = "" if flags.validation_check else ", which only --validation_check uses"
-            dataset = dataset.with_note(count + unused)
+            use = "choose the best weights"
+            if not flags.validation_check:
+                use = "are only used with --validation_check"
+            dataset = dataset.with_note(f"its {len(dataset.y_validation)} validation images {use}")
         if self.chief and dataset.notes:
-            print("\n".join(dataset.notes), flush=True)
+            print("\n".join(f"{dataset.name}: {note}" for note in dataset.notes), flush=True)
         return dataset
 
     @functools.cached_property
@@ -188,7 +189,7 @@ class Session:
     def weights_folder(self):
         """Return the folder of the weights to examine."""
         if self.flags.pretrained:
-            return self._pretrained_folder()
+            return runtime.ROOT / "pretrained" / self.name
         return self.folders.best if self.flags.validation_check else self.folders.checkpoint
 
     def _fit_network_to_weights(self):
@@ -212,11 +213,23 @@ class Session:
         if trained_names not in (None, names):
             raise UserError(
                 f"{self.weights_folder} was trained on other classes: {trained_names} there and "
-                f"{names} here; give the --dataset that it was trained on"
+                f"{names} here; give the --dataset that it was trained on, or train again if only "
+                "their order differs"
+            )
+        seed = self.dataset.held_out_seed
+        if seed is not None and self._trained("held_out_seed") not in (None, seed):
+            raise UserError(
+                f"{self.weights_folder}: some test images that seed {seed} draws were trained on; "
+                f"give --seed={self._trained('held_out_seed')}"
+            )
+        if self.dataset.inverted and not self._trained("inverted"):
+            raise UserError(
+                f"{self.weights_folder} was trained on dark ink on a light ground, and this "
+                "version inverts these images; train again"
             )
         training = self.metadata["training"]
         if training["data"] != self.digest(training["train_size"]):
-            print("These weights were trained on other images than those of --dataset.")
+            print("These weights were trained on images that differ from those of --dataset.")
 
     @functools.cached_property
     def class_names(self):
@@ -238,17 +251,11 @@ class Session:
         except UserError as error:
             print(
                 f"These weights do not say how their training images look, and the data set cannot "
-                f"be read ({error}): files are fitted as a whole."
+                f"be read ({error}): each file is resized whole."
             )
             return appearance.PLAIN
         self._compare_data()
-        return appearance.measure_appearance(data)
-
-    def _pretrained_folder(self):
-        """Return the folder of the weights that come with the program for the data set."""
-        if self.flags.dataset in datasets.CLASS_NAMES:
-            return runtime.ROOT / "pretrained" / self.name
-        return runtime.ROOT / "pretrained" / self.flags.dataset.replace(os.sep, "_")
+        return appearance.measure_appearance(data, self.dataset.inverted, self.dataset.subtracted)
 
     def show_picture(self, name, picture):
         """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""

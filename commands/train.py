@@ -109,7 +109,10 @@ def describe(session):
     held_out = len(data.labels) // 6 if splits else 0
     images = len(data.labels) - held_out
     sizes = model.layer_sizes(data.canvas_shape(), len(data.class_names), session.network_config)
-    data_bytes = data.images.nbytes * (2 if flags.validation_check else 1)
+    data_bytes = data.images.nbytes
+    if flags.validation_check:
+        held_out_data = data if splits else session.validation_data
+        data_bytes += held_out_data.images.nbytes
     replicas = session.strategy.num_replicas_in_sync
     memory = model.memory_needed(sizes, flags.batch_size / replicas, data_bytes)
     total = sum(count for *_, count in sizes)
@@ -145,6 +148,9 @@ def make_trainer(session, report):
         trained, held_out = split_validation(len(data.labels), flags.seed)
         data, validation = data.subset(trained), data.subset(held_out)
     names = config.TrainingConfig._fields
+    looks = appearance.measure_appearance(
+        data, session.dataset.inverted, session.dataset.subtracted
+    )
     return Trainer(
         session.network,
         data,
@@ -157,7 +163,7 @@ def make_trainer(session, report):
         report=report,
         draw=lambda: draw_examples(session.network, validation or data),
         summarize=lambda evaluation: summarize(evaluation, data),
-        description={appearance.KEY: appearance.measure_appearance(data).to_metadata()},
+        description={appearance.KEY: looks.to_metadata()},
     )
 
 
@@ -184,6 +190,11 @@ def run_metadata(session):
         metadata["image_size"] = flags.image_size
     if session.dataset.inverted:
         metadata["inverted"] = True
+    if session.dataset.held_out_seed is not None:
+        metadata["held_out_seed"] = session.dataset.held_out_seed
+    ground = session.train_data.ground
+    if ground is not None and ground.any():  # shifts fill in with it
+        metadata["ground"] = ground.tolist()
     if flags.validation_check and session.validation_data is not None:
         metadata["validation_data"] = fingerprint(
             session.validation_data.images, session.validation_data.labels

@@ -15,9 +15,12 @@ class Dataset(NamedTuple):
     y_test: np.ndarray
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user: what was changed in reading
-    x_validation: np.ndarray | None = None  # if the data set has a part of its own for it
+    x_validation: np.ndarray | None = None  # images of its val/ folder, if it has one
     y_validation: np.ndarray | None = None
+    test_files: tuple[str, ...] | None = None  # of a folder, in the order of x_test
+    held_out_seed: int | None = None  # that drew the test images, if the folder had none
     inverted: bool = False  # whether light and dark were swapped
+    subtracted: tuple[int, ...] | None = None  # colour of the ground that was subtracted
 
     def map_images(self, function):
         """Return the same data set with a function applied to each array of images."""

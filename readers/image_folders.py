@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,14 +16,14 @@ _SPLITS = {
     "test": {"test", "testing"},
     "validation": {"val", "valid", "validation"},
 }
-_NO_CLASSES = {"__MACOSX"}  # what archives of macOS have besides
-# Formats that Pillow names, but hands to other programs, or cannot read by itself.
+_NO_CLASSES = {"__MACOSX"}  # added to archives by macOS
+# Formats that Pillow recognizes but cannot decode itself.
 _NOT_BY_PILLOW = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _NAMED = 10  # files or classes that an error names
 
 
 def image_suffixes():
-    """Return the suffixes of the files that Pillow can open, with its installed plugins."""
+    """Return the suffixes of the files that Pillow can open."""
     extensions = Image.registered_extensions()
     readable = set(Image.OPEN) - _NOT_BY_PILLOW
     return {suffix for suffix, format_name in extensions.items() if format_name in readable}
@@ -35,70 +36,91 @@ def natural_key(name):
     return parts, name
 
 
+class Part(NamedTuple):
+    """The examples of one split."""
+
+    images: np.ndarray  # uint8 (N, H, W, C)
+    labels: np.ndarray  # int32 (N,)
+    files: np.ndarray  # N paths
+
+    def take(self, indices):
+        """Return the examples of these indices."""
+        return Part(*(array[indices] for array in self))
+
+
 def read_folders(folder, image_size, seed):
     """Read a Dataset from train/CLASS/* and test/CLASS/*, or from CLASS/*, in natural order."""
-    skipped, notes = Counter(), []
-    names, files = _list_files(folder, skipped)
+    names, files, skipped = _list_files(folder)
+    parts, notes, held_out_seed = _read_parts(files, image_size), [], None
     if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        notes.append(f"{plural_files(sum(skipped.values()))} skipped: {kinds}")
-    images, labels = _read_splits(files, image_size)
+        kinds = (f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        notes.append(f"left out: {', '.join(kinds)}")
     if image_size is not None:
         notes.append(f"images made to fit {image_size[0]}x{image_size[1]} pixels")
-    if "test" not in labels:
-        train, test = _hold_out(folder, labels["train"], seed)
-        images["train"], images["test"] = images["train"][train], images["train"][test]
-        labels["train"], labels["test"] = labels["train"][train], labels["train"][test]
+    if "test" not in parts:
+        train, held_out_seed = parts["train"], seed
+        kept, held_out = _hold_out(folder, train.labels, seed)
+        parts["train"], parts["test"] = train.take(kept), train.take(held_out)
         notes.append(
-            f"no train and test folders, so {len(test)} of {len(train) + len(test)} images, drawn "
+            f"no train and test folders, so {len(held_out)} of {len(train.labels)} images, drawn "
             f"by seed {seed}, are held out as test images"
         )
-    for split in labels:
-        order = random_stream(0, 0, f"folder {split}").permutation(len(labels[split]))
-        images[split], labels[split] = images[split][order], labels[split][order]
+    for split, part in parts.items():
+        if missing := sorted(set(range(len(names))) - set(part.labels.tolist())):
+            notes.append(f"no {split} images of {_listed([names[label] for label in missing])}")
+        order = random_stream(0, 0, f"folder {split}").permutation(len(part.labels))
+        parts[split] = part.take(order)
+    validation = parts.get("validation")
     return Dataset(
         printable(folder.resolve().name),
-        images["train"],
-        labels["train"],
-        images["test"],
-        labels["test"],
-        tuple(map(printable, names)),
-        tuple(f"{folder}: {note}" for note in notes),
-        images.get("validation"),
-        labels.get("validation"),
+        *parts["train"][:2],
+        *parts["test"][:2],
+        class_names=tuple(map(printable, names)),
+        notes=tuple(notes),
+        x_validation=validation.images if validation else None,
+        y_validation=validation.labels if validation else None,
+        test_files=tuple(printable(str(path)) for path in parts["test"].files),
+        held_out_seed=held_out_seed,
     )
 
 
-def plural_files(count):
-    """Return how many files, in words."""
-    return f"{count} file" if count == 1 else f"{count} files"
-
-
-def _list_files(folder, skipped):
+def _list_files(folder):
     """List the image files of a folder.
 
-    Args:
-        folder: of the data set.
-        skipped: Counter of the files left out by their kinds; it is filled.
-
     Returns:
-        Names of the classes, and by split lists of (path, label); without a split all files are of
-        "train".
+        Names of the classes; by split lists of (path, label), all in "train" without a split; and a
+        Counter of what is left out, by its kind.
+
+    Raises:
+        UserError: there are no two classes, or a class is empty, not trained, or named twice.
     """
-    root = _innermost(folder)
+    root, skipped = _innermost(folder), Counter()
     splits = _split_folders(root)
-    if not splits:
+    if "train" in splits:
+        beside = [path for path in root.iterdir() if path not in splits.values()]
+        skipped["beside the splits"] += sum(
+            not path.name.startswith(".") and path.name not in _NO_CLASSES for path in beside
+        )
+    else:  # classes may be named "test" or "valid"
         splits = {"train": root}
-    elif "train" not in splits or "test" not in splits:
-        splits = {}
-    names = sorted((path.name for path in _folders_in(splits.get("train"))), key=natural_key)
+    names = sorted((path.name for path in _folders_in(splits["train"])), key=natural_key)
     if len(names) < 2 or not all(_folders_in(place) for place in splits.values()):
         raise UserError(
             f"{folder}: expected folders of images, train/CLASS for two classes or more and "
             "test/CLASS, or CLASS for two classes or more"
         )
+    if splits["train"] != root and "test" not in splits:
+        raise UserError(
+            f"{folder}: found {' and '.join(path.name for path in splits.values())}, expected also "
+            "test/CLASS; rename a folder, or put the classes of all images in one folder"
+        )
+    if len(set(map(printable, names))) < len(names):
+        raise UserError(
+            f"{splits['train']}: some names of classes differ only in characters that cannot be "
+            "shown; rename their folders"
+        )
     files = {split: _files_of(place, names, skipped) for split, place in splits.items()}
-    return names, files
+    return names, files, +skipped
 
 
 def _innermost(folder):
@@ -112,9 +134,7 @@ def _innermost(folder):
 
 
 def _folders_in(place):
-    """Return the folders in a folder, without hidden ones; [] for None."""
-    if place is None:
-        return []
+    """Return the folders in a folder, without hidden ones."""
     return [
         path
         for path in sorted(place.iterdir())
@@ -145,18 +165,21 @@ def _split_folders(root):
 def _files_of(place, names, skipped):
     """List the image files of a split with their labels.
 
+    Args:
+        place: folder of the split.
+        names: of the classes.
+        skipped: Counter that gets what is left out, by its kind.
+
     Raises:
         UserError: a class has no images, or is not trained.
     """
     suffixes, files, empty = image_suffixes(), [], []
-    for path in place.iterdir():
-        if path.is_file():
-            skipped["in no class"] += 1
+    skipped["in no class"] += sum(path.is_file() for path in place.iterdir())
     for folder in _folders_in(place):
         if folder.name not in names:
             raise UserError(
-                f"{folder}: a class without train/{folder.name}, expected only classes that are "
-                "trained"
+                f"{folder}: there are no training images of this class, expected only classes "
+                "that are trained; remove it, or add some"
             )
         paths = [path for path in sorted(folder.iterdir()) if _is_image(path, suffixes, skipped)]
         files += [(path, names.index(folder.name)) for path in paths]
@@ -173,11 +196,13 @@ def _files_of(place, names, skipped):
 def _is_image(path, suffixes, skipped):
     """Tell whether a file is to be read; count it by its kind if not."""
     if path.name.startswith("."):
-        skipped["with a name that begins with a dot"] += 1
+        skipped["hidden (a dot first)"] += 1
     elif path.is_dir():
-        skipped["that is a folder in a class"] += 1
+        skipped["folders in a class, with their files"] += 1
     elif path.suffix.lower() not in suffixes:
         skipped[path.suffix or "without a suffix"] += 1
+    elif path.exists() and not path.is_file():  # a pipe would block
+        skipped["not regular files"] += 1
     else:
         return True
     return False
@@ -189,7 +214,7 @@ def _listed(names):
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _read_splits(files, image_size):
+def _read_parts(files, image_size):
     """Read the image files of all splits.
 
     Args:
@@ -197,24 +222,35 @@ def _read_splits(files, image_size):
         image_size: (H, W) to make all images fit, or None if they are of one size.
 
     Returns:
-        Images uint8 (N, H, W, C) by split, and labels int32 (N,) by split.
+        Parts by split.
 
     Raises:
         UserError: some files cannot be read; it names the first of them.
         ImageSizesDiffer: there are several sizes, and `image_size` is None.
     """
-    images, damaged = {}, []
+    images = _read_images([path for listed in files.values() for path, _ in listed], image_size)
+    channels = max(image.shape[-1] for image in images)
+    images = iter([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
+    parts = {}
     for split, listed in files.items():
-        images[split] = []
-        for path, _ in listed:
-            try:
-                image = read_image(path)
-            except UserError as error:
-                damaged.append((path, error))
-                continue
-            if image_size is not None:
-                image, _ = fit_image(image, (*image_size, image.shape[-1]), False)
-            images[split].append(image)
+        paths, labels = zip(*listed, strict=True)
+        stack = np.stack([next(images) for _ in paths])
+        parts[split] = Part(stack, np.array(labels, np.int32), np.array(paths, object))
+    return parts
+
+
+def _read_images(paths, image_size):
+    """Read image files; make them fit a size (H, W) unless it is None. They have one size then."""
+    images, damaged = [], []
+    for path in paths:
+        try:
+            image = read_image(path)
+        except UserError as error:
+            damaged.append((path, error))
+            continue
+        if image_size is not None:
+            image, _ = fit_image(image, (*image_size, image.shape[-1]), False)
+        images.append(image)
     if len(damaged) == 1:
         raise damaged[0][1]
     if damaged:
@@ -222,25 +258,10 @@ def _read_splits(files, image_size):
             f"{len(damaged)} files cannot be read as images: {_listed([p for p, _ in damaged])}; "
             "put good ones in their places, or remove them"
         )
-    _check_same_size(files, images)
-    channels = max(image.shape[-1] for part in images.values() for image in part)
-    stacks = {
-        split: np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in part])
-        for split, part in images.items()
-    }
-    labels = {
-        split: np.array([label for _, label in listed], np.int32) for split, listed in files.items()
-    }
-    return stacks, labels
-
-
-def _check_same_size(files, images):
-    """Raise ImageSizesDiffer if the images of all splits are not of one size."""
-    paths = [path for listed in files.values() for path, _ in listed]
-    sizes = [image.shape[:2] for part in images.values() for image in part]
-    for path, size in zip(paths, sizes, strict=True):
-        if size != sizes[0]:
-            raise ImageSizesDiffer(path, size, paths[0], sizes[0])
+    for path, image in zip(paths, images, strict=True):
+        if image.shape[:2] != images[0].shape[:2]:
+            raise ImageSizesDiffer(path, image.shape[:2], paths[0], images[0].shape[:2])
+    return images
 
 
 def _hold_out(folder, labels, seed):

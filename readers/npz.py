@@ -1,4 +1,4 @@
-"""NumPy's .npz files of four arrays, whatever the types and ranges of these are."""
+"""NumPy's .npz files of four arrays, of any numeric type and range."""
 
 import math
 
@@ -30,7 +30,7 @@ def read_npz(path):
         for split, array in (("train", x_train), ("test", x_test))
     ]
     y_train, y_test, names = _renumbered(path, *labels, notes)
-    notes = tuple(f"{path.name}: {note}" for note in dict.fromkeys(notes))
+    notes = tuple(dict.fromkeys(notes))
     return Dataset(printable(path.stem), x_train, y_train, x_test, y_test, names, notes)
 
 
@@ -75,9 +75,18 @@ def _shaped(path, name, array, notes):
 
 def _as_bytes(path, x_train, x_test, notes):
     """Convert images to uint8: floats by their range of 0 to 1, whole numbers by what they are."""
+    ranges = [
+        _check_numbers(path, name, images)
+        for name, images in (("x_train", x_train), ("x_test", x_test))
+    ]
+    if (x_train.dtype.kind == "f") != (x_test.dtype.kind == "f"):
+        raise UserError(
+            f"{path}: x_train is {x_train.dtype} and x_test {x_test.dtype}, expected the same type"
+        )
     trained, converted = None, []
-    for name, images in ("x_train", x_train), ("x_test", x_test):
-        smallest, largest = _check_numbers(path, name, images)
+    for name, images, (smallest, largest) in zip(
+        ("x_train", "x_test"), (x_train, x_test), ranges, strict=True
+    ):
         if images.dtype.kind == "f":
             converted.append(_scaled(images, 1))
             continue
@@ -87,9 +96,9 @@ def _as_bytes(path, x_train, x_test, notes):
         if white is None or trained not in (None, white):
             there = "" if trained is None else f" while x_train is from 0 to {trained}"
             raise UserError(
-                f"{path}: {name} is {images.dtype} from {smallest} to {largest}{there}, which does "
-                "not say what white is, expected uint8, or floats from 0 to 1, or whole numbers "
-                "from 0 to 1, 16, 255 or 65535; divide them by the number that stands for white"
+                f"{path}: {name} is {images.dtype} from {smallest} to {largest}{there}, so what "
+                "stands for white is unclear, expected uint8, or floats from 0 to 1, or whole "
+                "numbers from 0 to 1, 16, 255 or 65535; divide them by the number for white"
             )
         trained = white
         converted.append(_scaled(images, white))
@@ -132,13 +141,15 @@ def _check_numbers(path, name, images):
         raise UserError(f"{problem}, {expected}; for a range of -1 to 1 write ({name} + 1) / 2")
     if images.dtype == np.int8 and smallest < 0:
         raise UserError(
-            f"{problem}, {expected}; for bytes that lost their type write {name}.view('uint8')"
+            f"{problem}, {expected}; if uint8 was stored as int8, write {name}.view('uint8')"
         )
     if smallest < 0:
         raise UserError(
             f"{problem}, {expected}; if the images were standardized, undo that; else write "
             f"({name} - smallest) / (largest - smallest), with the same numbers for all images"
         )
+    if images.dtype.kind == "f" and 0 < largest < 0.1:
+        raise UserError(f"{problem}, {expected}; were they divided by 255 twice?")
     if images.dtype.kind == "f" and largest > 1:
         raise UserError(f"{problem}, {expected}; divide them by the number that stands for white")
     return smallest, largest

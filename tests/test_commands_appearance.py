@@ -40,13 +40,15 @@ def test_the_appearance_of_digits_is_their_style_and_their_ground(digits):
     assert expected is not None
     assert measure_appearance(digits) == Appearance(expected, "dark")
     inverted = digits._replace(images=255 - digits.images)
-    style, ground = measure_appearance(inverted)
+    style, ground = measure_appearance(inverted)[:2]
     assert not style.light_ink and ground == "light"
 
 
 def test_images_in_colour_are_taken_as_they_are(digits):
     colours = digits._replace(images=digits.images.repeat(3, -1))
-    assert measure_appearance(colours) == PLAIN == (None, None)
+    assert measure_appearance(colours) == PLAIN == Appearance(None, None)
+    changed = measure_appearance(colours, inverted=True, subtracted=(1, 2, 3))
+    assert changed == Appearance(None, None, True, (1, 2, 3))
 
 
 def test_the_pairs_that_are_measured_are_those_of_an_evaluation(pairs):
@@ -57,7 +59,10 @@ def test_the_pairs_that_are_measured_are_those_of_an_evaluation(pairs):
 
 
 def test_the_ink_of_pairs_is_as_large_and_placed_as_in_most_pairs(pairs, digits):
-    single, (style, ground) = ink.measure_style(digits.images), measure_appearance(pairs)
+    single, (style, ground) = (
+        ink.measure_style(digits.images),
+        measure_appearance(pairs)[:2],
+    )
     assert ground == "dark" and style.light_ink and style.stroke == single.stroke
     sides, middles = [], []
     for image in compose_pairs(pairs)[..., 0]:
@@ -71,7 +76,7 @@ def test_the_ink_of_pairs_is_as_large_and_placed_as_in_most_pairs(pairs, digits)
 
 
 def test_nearly_all_pairs_of_the_training_are_left_as_they_are(pairs):
-    style, _ = measure_appearance(pairs)
+    style = measure_appearance(pairs).ink_style
     composed = compose_pairs(pairs)
     assert np.mean([ink.follows(image, style) for image in composed]) > 0.95
     small = np.zeros((36, 36, 1), np.uint8)
@@ -86,7 +91,7 @@ def test_pairs_of_dark_ink_have_no_style_as_they_are_added_up(pairs):
 
 def test_an_appearance_is_the_same_after_it_was_kept_as_json(digits, pairs):
     for data in (digits, pairs, digits._replace(images=digits.images.repeat(3, -1))):
-        appearance = measure_appearance(data)
+        appearance = measure_appearance(data, inverted=True, subtracted=(40,))
         kept = json.loads(json.dumps({KEY: appearance.to_metadata()}))
         assert appearance_from(kept) == appearance
     assert appearance_from({"shape": {}, "training": {}}) is None

@@ -26,7 +26,6 @@ import figures
 import main
 import runtime
 from commands.evaluate import (
-    accuracy_per_class,
     confusion,
     digits_right,
     make_result,
@@ -77,20 +76,24 @@ def test_a_digit_is_right_if_its_class_is_among_the_predicted_ones_in_any_order(
 
 def test_the_accuracy_of_a_class_counts_its_digits_wherever_they_are_in_a_pair():
     expected = {"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None}
-    assert accuracy_per_class(PAIRS, CLASSES) == pytest.approx(expected)
-    assert accuracy_per_class(SINGLE, CLASSES) == {"a": 0.0, "b": 1.0, "c": None, "d": None}
+    assert scores_per_class(PAIRS, CLASSES)["accuracy_per_class"] == pytest.approx(expected)
+    single = scores_per_class(SINGLE, CLASSES)["accuracy_per_class"]
+    assert single == {"a": 0.0, "b": 1.0, "c": None, "d": None}
 
 
 def test_precision_recall_and_f1_of_a_class_are_counted_wherever_it_is_in_a_pair():
     # Present: a 3, b 3, c 2. Predicted: a 2, b 3, c 3. Right: a 2, b 2, c 2.
     scores = scores_per_class(PAIRS, CLASSES)
-    assert list(scores) == ["precision_per_class", "recall_per_class", "f1_per_class"]
-    precision, recall, f1 = scores.values()
+    assert list(scores) == [
+        *("accuracy_per_class", "precision_per_class", "recall_per_class", "f1_per_class"),
+    ]
+    accuracy, precision, recall, f1 = scores.values()
+    assert accuracy == recall
     assert precision == pytest.approx({"a": 1.0, "b": 2 / 3, "c": 2 / 3, "d": None})
     assert recall == pytest.approx({"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None})
     assert f1 == pytest.approx({"a": 4 / 5, "b": 2 / 3, "c": 4 / 5, "d": None})
     # a: never predicted; c: predicted, and not in the test.
-    precision, recall, f1 = scores_per_class(SINGLE, CLASSES).values()
+    _, precision, recall, f1 = scores_per_class(SINGLE, CLASSES).values()
     assert precision == {"a": None, "b": 1.0, "c": 0.0, "d": None}
     assert recall == {"a": 0.0, "b": 1.0, "c": None, "d": None}
     assert f1 == {"a": 0.0, "b": 1.0, "c": 0.0, "d": None}
@@ -103,7 +106,7 @@ def test_scores_of_classes_are_those_counted_example_by_example(digits):
         np.array([stream.permutation(7)[:digits] for _ in range(200)]) for _ in range(2)
     )
     evaluation = SINGLE._replace(labels=labels, predictions=predictions)
-    precision, recall, f1 = scores_per_class(evaluation, names).values()
+    _, precision, recall, f1 = scores_per_class(evaluation, names).values()
     for number, name in enumerate(names):
         hits = missed = false = 0
         for present, predicted in zip(labels.tolist(), predictions.tolist(), strict=True):
@@ -114,7 +117,6 @@ def test_scores_of_classes_are_those_counted_example_by_example(digits):
         assert recall[name] == pytest.approx(hits / (hits + missed))
         mean = 2 / (1 / precision[name] + 1 / recall[name])
         assert f1[name] == pytest.approx(mean)
-    assert recall == pytest.approx(accuracy_per_class(evaluation, names))
 
 
 def test_the_confusion_counts_are_for_single_digits_with_the_true_classes_down():

@@ -1,5 +1,5 @@
+import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +9,6 @@ import datasets
 import utils
 from errors import ImageSizesDiffer, UserError
 from readers import image_folders
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 def one_line(error):
@@ -51,8 +49,6 @@ def test_the_classes_of_a_folder_are_mixed_the_same_way_each_time(tmp_path):
     folder = str(folders(tmp_path / "pets", False, train=10))
     labels = datasets.load_dataset(folder, "").y_train
     assert 2 <= labels[:10].sum() <= 8 and labels.sum() == 10
-    order = utils.random_stream(0, 0, "folder train").permutation(20)
-    assert labels.tolist() == [int(position >= 10) for position in order]
     np.testing.assert_array_equal(datasets.load_dataset(folder, "").y_train, labels)
 
 
@@ -66,7 +62,9 @@ def test_a_folder_that_is_no_data_set_is_refused_with_what_is_wrong(tmp_path):
 
     problem(lambda root: shutil.rmtree(root / "train/dog"), "two classes or more")
     problem(lambda root: shutil.rmtree(root / "test"), "test/CLASS")
-    problem(lambda root: (root / "test/cow").mkdir(), "a class without .*train/cow")
+    problem(
+        lambda root: (root / "test/cow").mkdir(), "cow: there are no training images of this class"
+    )
     problem(lambda root: (root / "train/cat/1.png").write_bytes(b"?"), "cannot be read as an image")
     problem(
         lambda root: Image.new("L", (9, 9)).save(root / "test/dog/1.png"),
@@ -126,14 +124,16 @@ def test_what_is_left_out_is_counted_by_its_kind(tmp_path):
     (root / "train/cat/notes").write_bytes(b"")
     (root / "train/dog/more").mkdir()
     (root / "train/labels.csv").write_bytes(b"")
+    (root / "extra").mkdir()
+    os.mkfifo(root / "train/dog/pipe.png")  # to read it would block
     for name in ("train/__MACOSX", "test/__MACOSX", "train/.git", "__MACOSX/pets"):
         (root / name).mkdir(parents=True)
     data = load(root)
     assert data.class_names == ("cat", "dog") and len(data.y_train) == len(data.y_test) == 4
     (note,) = data.notes
     assert note == (
-        f"{root}: 7 files skipped: 2 .heic, 1 in no class, 1 that is a folder in a class, 2 with a "
-        "name that begins with a dot, 1 without a suffix"
+        "left out: 2 .heic, 1 beside the splits, 1 folders in a class, with their files, 2 hidden "
+        "(a dot first), 1 in no class, 1 not regular files, 1 without a suffix"
     )
 
 
@@ -184,7 +184,7 @@ def test_images_of_different_sizes_are_refused_or_made_to_fit(tmp_path):
     index = int(np.argmax(data.x_train[:, 5, 2, 0]))
     assert data.x_train[index, 5, 2].tolist() == [200, 100, 50]
     assert data.x_train[index, 5, 17].tolist() == [0, 0, 0]
-    assert data.notes == (f"{root}: images made to fit 10x20 pixels",)
+    assert data.notes == ("images made to fit 10x20 pixels",)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,39 @@ def test_a_validation_folder_is_a_part_of_its_own(tmp_path, name):
     assert load(small_set(tmp_path / "other")).x_validation is None
 
 
+def test_the_files_of_the_test_images_are_known_in_their_order(tmp_path):
+    for splits in ("train", "test"), ("",):
+        data = load(small_set(tmp_path / f"pets{len(splits)}", splits, count=12))
+        assert len(data.test_files) == len(data.x_test)
+        for path, image in zip(data.test_files, data.x_test, strict=True):
+            np.testing.assert_array_equal(utils.read_image(path), image)
+
+
+def test_splits_without_a_test_folder_are_named(tmp_path):
+    root = small_set(tmp_path / "pets", ("train", "val"))
+    with pytest.raises(UserError, match="found train and val, expected also test/CLASS") as error:
+        load(root)
+    one_line(error)
+
+
+def test_classes_may_have_the_name_of_a_split(tmp_path):
+    root = small_set(tmp_path / "votes", ("",), ("valid", "invalid", "test"), 6)
+    assert load(root).class_names == ("invalid", "test", "valid")
+
+
+def test_a_class_that_is_never_tested_is_named(tmp_path):
+    root = small_set(tmp_path / "pets")
+    shutil.rmtree(root / "test/dog")
+    assert load(root).notes == ("no test images of dog",)
+
+
+def test_classes_whose_names_are_shown_alike_are_refused(tmp_path):
+    root = small_set(tmp_path / "odd", ("",), ("a\n", "a\\n"), 6)
+    with pytest.raises(UserError, match="differ only in characters that cannot be shown") as error:
+        load(root)
+    one_line(error)
+
+
 def parts(data):
     return [sorted(part[:, 0, 0, 0].tolist()) for part in (data.x_train, data.x_test)]
 
@@ -230,9 +263,9 @@ def test_of_a_folder_without_splits_a_sixth_is_held_out_by_the_seed(tmp_path):
         assert (images[:, 0, 0, 0] > 12).astype(int).tolist() == labels.tolist()
     (note,) = data.notes
     assert note == (
-        f"{root}: no train and test folders, so 4 of 24 images, drawn by seed 0, are held out as "
-        "test images"
+        "no train and test folders, so 4 of 24 images, drawn by seed 0, are held out as test images"
     )
+    assert data.held_out_seed == 0 and load(root, seed=3).held_out_seed == 3
     assert parts(load(root)) == [train, test]
     assert len({tuple(parts(load(root, seed=seed))[1]) for seed in range(5)}) > 1
 

@@ -170,7 +170,7 @@ def test_whole_numbers_of_every_type_and_range_become_bytes_and_a_line_says_so(
         assert np.concatenate([data.x_train, data.x_test])[..., 0].tolist() == expected
         (note,) = data.notes
         scaled = "taken as uint8" if white == 255 else "scaled to 0 to 255"
-        assert note == f"a.npz: images are {np.dtype(dtype)} from 0 to {white}, {scaled}"
+        assert note == f"images are {np.dtype(dtype)} from 0 to {white}, {scaled}"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_whole_numbers_of_every_type_and_range_become_bytes_and_a_line_says_so(
 )
 def test_whole_numbers_that_do_not_say_what_white_is_are_refused(tmp_path, largest, dtype):
     array = (BYTES.astype(int) % 2 * largest).astype(dtype)
-    with pytest.raises(UserError, match="does not say what white is") as error:
+    with pytest.raises(UserError, match="what stands for white is unclear") as error:
         load(tmp_path, **images(array))
     assert f"from 0 to {largest}" in one_line(error) and "16, 255 or 65535" in str(error.value)
 
@@ -228,7 +228,7 @@ def test_images_that_cannot_be_used_get_the_advice_that_helps_them(tmp_path, arr
 def test_flat_images_are_square_and_a_line_says_so(tmp_path):
     data = load(tmp_path, **images(BYTES.reshape(12, 16)))
     np.testing.assert_array_equal(data.x_train[..., 0], BYTES[:10])
-    assert data.notes == ("a.npz: images of 16 numbers taken as 4x4 pixels",)
+    assert data.notes == ("images of 16 numbers taken as 4x4 pixels",)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
@@ -254,14 +254,14 @@ def test_labels_may_be_integers_whole_floats_or_one_hot_rows(tmp_path, labels, n
     data = load(tmp_path, y_train=labels[:10], y_test=labels[10:])
     assert data.y_train.dtype == data.y_test.dtype == np.int32
     assert data.y_train.tolist() == [0, 1, 2] * 3 + [0] and data.y_test.tolist() == [1, 2]
-    assert data.notes == (() if note is None else (f"a.npz: {note}",))
+    assert data.notes == (() if note is None else (f"{note}",))
 
 
 def test_labels_that_are_true_or_false_are_two_classes(tmp_path):
     labels = np.arange(12) % 2 == 1
     data = load(tmp_path, y_train=labels[:10], y_test=labels[10:])
     assert data.y_train.tolist() == [0, 1] * 5 and data.class_names == ("0", "1")
-    assert data.notes == ("a.npz: labels are bool, taken as integers",)
+    assert data.notes == ("labels are bool, taken as integers",)
 
 
 @pytest.mark.parametrize("numbers", [[1, 2, 3], [0, 5, 26], [10, 1000, 2000]])
@@ -272,7 +272,7 @@ def test_labels_with_gaps_are_numbered_from_0_and_their_classes_keep_the_numbers
     assert [numbers[label] for label in data.y_train] == labels[:10].tolist()
     assert data.y_test.tolist() == [1, 2]
     (note,) = data.notes
-    assert note.startswith(f"a.npz: 3 different labels from {numbers[0]} to {numbers[-1]} numbered")
+    assert note.startswith(f"3 different labels from {numbers[0]} to {numbers[-1]} numbered")
 
 
 def test_more_than_a_thousand_classes_are_refused(tmp_path):
@@ -284,3 +284,18 @@ def test_more_than_a_thousand_classes_are_refused(tmp_path):
         else:
             with pytest.raises(UserError, match="1001 different labels .* at most 1000"):
                 load(tmp_path, **arrays, x_test=array[:2])
+
+
+def test_floats_and_whole_numbers_in_one_file_are_refused(tmp_path):
+    images, labels = np.ones((4, 5, 5), np.uint8), np.arange(4) % 2
+    for x_train, x_test in (images, images / 1.0), (images.astype(np.float32), images):
+        np.savez(tmp_path / "a.npz", x_train=x_train, y_train=labels, x_test=x_test, y_test=labels)
+        with pytest.raises(UserError, match="x_train is .* and x_test .*, expected the same type"):
+            datasets.load_dataset(str(tmp_path / "a.npz"), "")
+
+
+def test_floats_that_were_scaled_twice_are_refused(tmp_path):
+    images, labels = np.ones((4, 5, 5), np.float32) / 255, np.arange(4) % 2
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.raises(UserError, match="divided by 255 twice"):
+        datasets.load_dataset(str(tmp_path / "a.npz"), "")

@@ -1,4 +1,5 @@
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -23,10 +24,10 @@ import commands.train
 import datasets
 import main
 import runtime
-from commands.appearance import KEY, measure_appearance
+from commands.appearance import KEY, PLAIN, Appearance, measure_appearance
 from commands.session import Session
 from commands.train import make_trainer
-from errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError
+from errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError, UserError
 
 pytest_plugins = ["story_fixtures"]
 
@@ -311,11 +312,11 @@ def test_loading_restores_the_weights_and_says_where_they_come_from(saved, capsy
 def test_weights_of_other_images_are_announced(saved, few, capsys):
     save_checkpoint(Path("checkpoint/mnist"), saved, data=session_of(*FAST).digest(7))
     session_of(*FAST, "--test").load()
-    assert "trained on other images" in capsys.readouterr().out
+    assert "trained on images that differ" in capsys.readouterr().out
     size = {"train_size": 7, "data": session_of(*FAST).digest(7)}
     save_checkpoint(Path("checkpoint/mnist"), saved, **size)
     session_of(*FAST, "--test").load()  # of the first seven, and these are there
-    assert "other images" not in capsys.readouterr().out
+    assert "that differ" not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -337,7 +338,7 @@ def test_predicting_and_exporting_need_the_weights_alone(saved, no_data, word, c
     for value, expected in zip(session.network.get_weights(), saved.get_weights(), strict=True):
         np.testing.assert_array_equal(value, expected)
     assert session.class_names == names and session.digits_per_example == 1
-    assert session.appearance == (None, "light")
+    assert session.appearance == Appearance(None, "light")
     assert capsys.readouterr().out == "Weights of step 15 from checkpoint/mnist\n"
 
 
@@ -369,9 +370,9 @@ def test_older_weights_take_the_look_of_the_data_set_if_it_is_there(saved, few, 
     save_checkpoint(Path("checkpoint/mnist"), saved, data=session.digest(7))
     session = session_of(*FAST, "--predict=x")
     session.load()
-    assert "other images" not in capsys.readouterr().out  # before the data are needed
+    assert "that differ" not in capsys.readouterr().out  # before the data are needed
     assert session.appearance == expected
-    assert "other images" in capsys.readouterr().out
+    assert "images that differ" in capsys.readouterr().out
 
 
 def test_older_weights_without_their_data_set_say_that_files_are_only_fitted(
@@ -381,9 +382,9 @@ def test_older_weights_without_their_data_set_say_that_files_are_only_fitted(
     session = session_of(*FAST, "--predict=x")
     session.load()
     assert session.class_names == tuple("0123456789")
-    assert session.appearance == (None, None)
+    assert session.appearance == PLAIN
     out = capsys.readouterr().out
-    assert "do not say how their training images look" in out and "fitted as a whole" in out
+    assert "do not say how their training images look" in out and "resized whole" in out
     save_checkpoint(Path("checkpoint/mnist"), saved)  # and they do not name their classes either
     session = session_of(*FAST, "--predict=x")
     session.load()
@@ -449,19 +450,18 @@ def test_a_picture_for_tensorboard_replaces_that_of_the_command_before(tmp_path,
 
 
 def test_pretrained_weights_are_sought_by_the_name_of_the_data_set(tmp_path, few, monkeypatch):
-    sought = []
+    sought, metadata = [], {"training": {"data": "", "train_size": 0}, "step": 1}
     monkeypatch.setattr(
         commands.session,
         "load_pretrained",
-        lambda network, folder: sought.append(folder) or {"training": {"data": ""}},
+        lambda network, folder: sought.append(folder) or metadata,
     )
     monkeypatch.chdir(tmp_path)
     np.savez("own.npz", 0)
     for words in [], ["--multi_MNIST"], ["--dataset=./own.npz"]:
-        with pytest.raises(KeyError):  # these are no metadata
-            session_of(*FAST, "--pretrained", "--test", *words).load()
+        session_of(*FAST, "--pretrained", "--test", *words).load()
     names = [str(path.relative_to(ROOT / "pretrained")) for path in sought]
-    assert names == ["mnist", "multi_mnist", "._own.npz"]
+    assert names == ["mnist", "multi_mnist", "own"]
 
 
 def test_images_too_small_for_the_network_are_refused_with_the_smallest_size(tmp_path, monkeypatch):
@@ -485,11 +485,11 @@ def test_what_was_changed_in_the_data_is_printed_once_before_training(tmp_path, 
     words = [*FAST, "--dataset=a.npz", "--train", "--test", "--epoch=1", "--batch_size=12"]
     result = run(tmp_path, *words)
     assert result.code == 0, result.err
-    notes = ["a.npz: images are int64 from 0 to 1, scaled", "a.npz: 2 different labels from 1 to 2"]
+    notes = ["a: images are int64 from 0 to 1, scaled", "a: 2 different labels from 1 to 2"]
     for note in notes:
         assert result.out.count(note) == 1
         assert result.out.index(note) < result.out.index("training images of")
-    assert "1 " in result.out and "class 0" not in result.out
+    assert re.search(r"^Accuracy per class: 1 \S+%, 2 \S+%$", result.out, re.MULTILINE)
 
 
 def photos(root, splits=("",), count=12):
@@ -537,10 +537,10 @@ def test_the_validation_images_of_a_data_set_are_those_of_validation_check(
     words = [*FAST, "--dataset=photos", "--image_size=20x20"]
     trainer = make_trainer(session_of(*words), print)
     assert trainer.validation is None and len(trainer.data.labels) == 24
-    assert "which only --validation_check uses" in capsys.readouterr().out
+    assert "24 validation images are only used with --validation_check" in capsys.readouterr().out
     session = session_of(*words, "--validation_check")
     trainer = make_trainer(session, print)
-    assert "which only" not in capsys.readouterr().out
+    assert "24 validation images choose the best weights" in capsys.readouterr().out
     assert len(trainer.data.labels) == 24
     np.testing.assert_array_equal(trainer.validation.images, session.dataset.x_validation)
     np.testing.assert_array_equal(trainer.validation.labels, session.dataset.y_validation)
@@ -579,6 +579,7 @@ def test_coloured_images_shift_on_the_ground_of_their_set(tmp_path, monkeypatch)
     session = session_of(*FAST, "--dataset=a.npz", "--data_deformation")
     np.testing.assert_array_equal(session.train_data.images, images)
     assert session.train_data.ground.tolist() == [235, 235, 235]
+    assert make_trainer(session, print).metadata["training"]["ground"] == [235, 235, 235]
     assert session.test_data.ground is None  # which is not shifted
 
 
@@ -589,6 +590,30 @@ def test_grey_images_of_dark_ink_are_inverted_and_the_run_says_so(tmp_path, monk
     session = session_of(*FAST, "--dataset=a.npz", "--data_deformation")
     np.testing.assert_array_equal(session.train_data.images, 255 - images)
     assert make_trainer(session, print).metadata["training"]["inverted"] is True
+    with tf.device("CPU"):
+        network = session.network
+    for inverted in ({"inverted": True}, {}):  # an earlier version did not invert them
+        save_checkpoint(Path("checkpoint/a"), network, class_names=["0", "1"], **inverted)
+        other = session_of(*FAST, "--dataset=a.npz", "--test")
+        if inverted:
+            other.load()
+            continue
+        with pytest.raises(UserError, match="trained on dark ink on a light ground.*train again"):
+            other.load()
+
+
+def test_weights_are_not_tested_on_images_that_they_were_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos")
+    words = [*FAST, "--dataset=photos", "--image_size=20x20", "--seed=3"]
+    session = session_of(*words)
+    training = make_trainer(session, print).metadata["training"]
+    assert training["held_out_seed"] == 3
+    save_checkpoint(Path("checkpoint/photos"), session.network, **training | {"averaging": 0})
+    session_of(*words, "--test").load()
+    with pytest.raises(UserError, match="trained on; give --seed=3"):
+        session_of(*words[:-1], "--test", "--seed=4").load()
 
 
 def test_images_of_two_channels_are_trained_tested_and_drawn_but_not_predicted(

@@ -428,6 +428,29 @@ def test_padding_has_the_colour_of_most_of_the_edge():
     np.testing.assert_array_equal(fitted[4:12, 0], 240)  # the image itself keeps its size
 
 
+def test_a_sample_is_spread_evenly_from_the_first_to_the_last():
+    numbers = np.arange(3001)
+    assert utils.evenly(numbers, 4).tolist() == [0, 1000, 2000, 3000]
+    assert utils.evenly(numbers[:3], 4).tolist() == [0, 1, 2]
+    assert len(utils.evenly(numbers)) == 1000
+
+
+@pytest.mark.parametrize("suffix, expected", [("tif", 100), ("png", 0), ("pgm", 0)])
+def test_a_dark_image_of_many_bits_is_dark_if_its_format_says_what_white_is(
+    tmp_path, suffix, expected
+):
+    dark = np.full((4, 5), 100, np.int32)
+    if suffix == "tif":  # 32 bits, which do not say it
+        Image.fromarray(dark).save(tmp_path / "a.tif")
+    elif suffix == "png":
+        Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "a.png")
+    else:
+        header = b"P5 5 4 65535\n"
+        (tmp_path / "a.pgm").write_bytes(header + dark.astype(">u2").tobytes())
+    image = utils.read_image(tmp_path / f"a.{suffix}")
+    assert image.shape == (4, 5, 1) and (image == expected).all()
+
+
 @pytest.mark.parametrize(
     "name, shown",
     [
