@@ -780,6 +780,16 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
     }
 
 
+def test_the_python_of_the_readme_runs_as_it_is_written(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    section = (ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    names = {}
+    exec(code, names)  # noqa: S102
+    assert capsys.readouterr().out == "[7 2 1 0 4]\n"
+    assert names["classifier"].output_shape == (None, 10)
+
+
 def test_the_table_of_results_in_the_docs_is_the_one_made_from_the_results():
     shown = subprocess.run(
         [sys.executable, "benchmarks/results.py"],
