@@ -24,6 +24,8 @@ ARCHITECTURES = {
     "multi": Architecture(((512, 9, True), (256, 5, True)), (1024,), 0.0),
     # Section 5.2 asks for max-pooling, dropout and about as many parameters as the CapsNet has.
     "affine": Architecture(((256, 5, True), (256, 5, True), (128, 5, False)), (720,), 0.5),
+    # The baseline of the authors' public code.
+    "authors": Architecture(((512, 9, True), (256, 5, True)), (1024,), 0.5),
 }
 
 

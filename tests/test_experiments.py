@@ -116,6 +116,17 @@ def test_the_baselines_have_the_papers_parameters_and_dropout(
     assert abs(dropped.mean() - dropout) <= (0.25 if dropout else 0)
 
 
+def test_the_authors_cnn_is_their_baseline_of_overlapping_digits_with_dropout():
+    assert cnn.ARCHITECTURES["authors"] == cnn.ARCHITECTURES["multi"]._replace(dropout=0.5)
+
+
+def test_the_affine_experiment_compares_the_capsnet_with_three_cnns():
+    networks = list(affine.NETWORKS.values())
+    assert [network.architecture for network in networks] == [None, "affine", "mnist", "authors"]
+    assert [network.paper for network in networks] == [79, 66, 66, 66]
+    assert len({network.title for network in networks}) == 4
+
+
 def test_the_capsnet_on_the_affine_canvas_has_the_parameters_compared_with():
     sizes = model.layer_sizes((affine.CANVAS, affine.CANVAS, 1), 10)
     assert sum(count for _, _, count in sizes[:3]) == 11_227_904
@@ -754,9 +765,9 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
     outcome = json.loads((tmp_path / "affine.json").read_text())["cnn"]
     right, anywhere = 5 * outcome["affine_right"], 5 * outcome["places_right"]  # of 20, in percent
     reached = 100 * outcome["held_out_accuracy"]
-    assert f"| CNN | {outcome['parameters']:,} | 1 | {reached:.2f} |" in said
+    assert f"| CNN, pooled | {outcome['parameters']:,} | 1 | {reached:.2f} |" in said
     assert f"| {anywhere:.2f} | {right:.2f} (" in said
-    assert "CNN did not reach 99.23% in 1 epoch; to train longer" in said
+    assert "CNN, pooled did not reach 99.23% in 1 epoch; to train longer" in said
     (path,) = tmp_path.glob("cnn_*/tested.json")
     network = affine.make_network("cnn")
     load_weights(network, path.parent / "checkpoint", print)
@@ -796,7 +807,7 @@ def test_the_curves_are_the_shares_of_each_factor_on_its_values_and_affnists_ran
         lines = lines_of(panel)
         assert lines == {
             "CapsNet": (list(sweep.values), sweeps["capsnet"][factor]),
-            "CNN": (list(sweep.values), sweeps["cnn"][factor]),
+            "CNN, pooled": (list(sweep.values), sweeps["cnn"][factor]),
         }
         title = panel.get_title(loc="left")
         (span,) = panel.patches
@@ -981,7 +992,7 @@ def test_values_have_the_types_of_their_flags_and_defaults():
     assert (given["rows"], given["seeds"]) == (["3-no", "cnn"], [7])
     assert (given["epochs"], given["train_size"]) == (2, 600)
     assert values(affine) == {
-        "networks": ["capsnet", "cnn"],
+        "networks": ["capsnet", "cnn", "cnn_section5", "cnn_authors"],
         "accuracy": 99.23,
         "epochs": 20,
         "train_size": None,
