@@ -48,8 +48,8 @@ class Network(NamedTuple):
         return PAPER["CNN" if self.architecture else "CapsNet"]
 
 
-# The paper says of its CNN only that it has pooling, dropout and about as many parameters. The first
-# CNN is of that kind. The others are that of section 5 and that of the authors' public code.
+# The paper says of its CNN only that it has pooling, dropout and about as many parameters, as the
+# first one here. The others are that of section 5 and that of the authors' public code.
 NETWORKS = {
     "capsnet": Network("CapsNet", None),
     "cnn": Network("CNN, pooled", "affine"),
