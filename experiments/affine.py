@@ -64,15 +64,15 @@ def percent(text):
 
 
 FLAGS = [
-    Flag("networks", ",".join(NAMES), distinct(one_of(NAMES)), "to train and test"),
+    Flag("networks", ",".join(NAMES), distinct(one_of(NAMES)), "networks to train and test"),
     Flag(
         "accuracy",
         99.23,
         percent,
-        "percent of held-out digits at which training stops (default: the paper's)",
+        "accuracy on held-out digits, in percent, at which training stops; default: the paper's",
     ),
-    Flag("epochs", 20, number(int, 1, MOST), "after which training stops in any case"),
-    Flag("train_size", None, number(int, 1, MOST), "only the first N training images"),
+    Flag("epochs", 20, number(int, 1, MOST), "largest number of epochs"),
+    Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,
     Flag("output", "runs/affine", path_name, "folder to write to"),
 ]

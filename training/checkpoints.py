@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
+from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
 from runtime import reason
 from training.step import OPTIMIZER_NAME
 
@@ -106,9 +106,10 @@ class Checkpoints:
                 for path in self.folder.glob(f"ckpt-{step}.*"):
                     path.unlink()
         except (tf.errors.OpError, OSError) as error:
+            helps = f"{os_advice(error)}; " if os_advice(error) else ""
             raise UserError(
-                f"cannot save to {self.folder}: {reason(error)}; the checkpoints there are "
-                "intact: free disk space and run the same command again"
+                f"cannot save to {self.folder}: {reason(error)}; {helps}the checkpoints there are "
+                "intact: the same command resumes from them"
             ) from error
 
     def _write_list(self, steps):
