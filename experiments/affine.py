@@ -364,7 +364,7 @@ def draw(path, outcomes):
             panel.plot(sweep.values, shares, "o-", ms=3, color=color, label=NAMES[name])
         panel.axvspan(*sweep.in_affnist, color="#e4e6e8", lw=0, label="affNIST's range")
         figures.label_panel(panel, factor.capitalize(), sweep.unit)
-    panels[0].set_ylabel("% right", fontsize=7)
+    panels[0].set_ylabel("accuracy (%)", fontsize=7)
     panels[0].legend(fontsize=6, frameon=False)
     figures.save_figure(path, figure)
 
