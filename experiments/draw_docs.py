@@ -3,7 +3,8 @@
     python experiments/draw_docs.py
 
 Draws what the weights that come with the program give (all 10,000 test images are tested), and what
-results/experiments and the tables of docs/performance.md hold. The learning curve, overlapping
+results/experiments and the tables of docs/performance.md hold. Runs docs/tour.ipynb and saves it
+with its outputs. The learning curve, overlapping
 digits and TensorBoard need trainings of their own; docs/results.md has their commands.
 
 A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
@@ -28,6 +29,7 @@ from command_line import DATA_DIR, Flag, path_name, run_script
 import datasets
 import figures
 import runtime
+import utils
 from errors import UserError
 
 SHOWN = 3  # digits in the animation
@@ -35,6 +37,7 @@ PROPERTIES = ("slant", "thickness", "width", "height", "position")
 RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
 MEASURED = 300  # test digits of a class, for the spread of a property
 COPIED = ("confusion_matrix.png", "misclassified.png", "capsule_lengths.png", "predictions.png")
+TOUR = runtime.ROOT / "docs" / "tour.ipynb"
 RESULTS = runtime.ROOT / "results" / "experiments"
 FLAGS = [
     Flag("output", str(runtime.ROOT / "assets"), path_name, "folder to write to"),
@@ -193,6 +196,42 @@ def draw_reconstructions(network, mnist, wrong, path):
     )
 
 
+# --- The tour -------------------------------------------------------------------------------------
+
+
+def run_tour(path):
+    """Run a notebook and return it with its outputs, without traces of the run.
+
+    It runs without ipywidgets: sliders only work while it runs, a saved picture remains.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    without = nbformat.v4.new_code_cell("import sys\nsys.modules['ipywidgets'] = None")
+    notebook.cells.insert(0, without)
+    place = {"metadata": {"path": str(Path(path).parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    notebook.cells.pop(0)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        cell.execution_count, cell.metadata = number, {}  # without the times
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def save_tour(path):
+    """Run the notebook and write it with its outputs."""
+    import nbformat
+
+    text = nbformat.writes(run_tour(path))
+    with utils.atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 # --- Pictures of results --------------------------------------------------------------------------
 
 
@@ -250,6 +289,8 @@ def draw_all(flags):
     files, wrong = test_network(flags.data_dir, output)
     draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
     runtime.say_written([*files, output / "reconstruction.png"])
+    save_tour(TOUR)
+    runtime.say_written([TOUR])
 
 
 def main(argv):

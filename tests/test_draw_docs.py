@@ -256,3 +256,30 @@ def test_every_picture_of_the_documentation_is_used_and_whole():
         if path.suffix in {".png", ".gif"}:
             with Image.open(path) as picture:
                 picture.load()
+
+
+# ---------------------------------------------------------------- the tour
+
+
+def texts_of(notebook):
+    """Return what each code cell of a notebook printed, and how many pictures it drew."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            printed = [output.text for output in cell.outputs if output.output_type == "stream"]
+            pictures = sum("image/png" in output.get("data", {}) for output in cell.outputs)
+            found.append(("".join(printed), pictures))
+    return found
+
+
+def test_the_tour_runs_and_was_saved_with_the_outputs_of_these_weights():
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    saved = nbformat.read(draw_docs.TOUR, as_version=4)
+    run = draw_docs.run_tour(draw_docs.TOUR)
+    # If the weights are others, run: python experiments/draw_docs.py
+    assert texts_of(run) == texts_of(saved)
+    assert sum(pictures for _, pictures in texts_of(saved)) == 5
+    assert [cell.source for cell in run.cells] == [cell.source for cell in saved.cells]
+    text = draw_docs.TOUR.read_text(encoding="utf-8")
+    assert len(text) < 2e6 and str(Path.home()) not in text and str(ROOT) not in text
