@@ -243,7 +243,7 @@ def save_reconstructions(
     class_names,
     title="Reconstructions",
 ):
-    """Draw the first 20 images, each beside its two reconstructions; wrong predictions in red.
+    """Draw the first 20 images, each next to its two reconstructions; wrong predictions in red.
 
     Args:
         path: file to write, or None.
@@ -347,7 +347,7 @@ def _in_order_of(label, prediction):
 
 
 def save_predictions(path, originals, images, reconstructions, captions):
-    """Draw the first 40 files, each beside what the network gets and its reconstructions.
+    """Draw the first 40 files, each next to what the network gets and its reconstructions.
 
     Args:
         path: file to write, or None.
@@ -493,7 +493,7 @@ def save_tweak_overview(path, images, deltas, class_name, row_names=None):
         images: (dims, steps, H, W, C).
         deltas: (steps,), what was added to the dimension.
         class_name: class of the digit.
-        row_names: of chosen dimensions, None if `images` has all of them.
+        row_names: names of chosen dimensions, None if `images` has all of them.
 
     Returns:
         The pixels, uint8 (H, W, 3).

@@ -24,7 +24,7 @@ def help_lines(flag, text):
         text: what it sets.
     """
     head = f"  {flag}"
-    # The flag has a line of its own if two spaces no longer fit between it and its description.
+    # The flag is alone on its line if two spaces no longer fit between it and its description.
     alone = len(head) > COLUMN - 2
     lines = textwrap.wrap(
         text,

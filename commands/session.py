@@ -75,7 +75,7 @@ class Session:
         if flags.multi_MNIST:
             dataset = datasets.remove_ground(dataset)
         if dataset.x_validation is not None:
-            count = f"{dataset.name}: {len(dataset.y_validation)} images of its own to validate"
+            count = f"{dataset.name}: {len(dataset.y_validation)} validation images"
             unused = "" if flags.validation_check else ", which only --validation_check uses"
             dataset = dataset.with_note(count + unused)
         if self.chief and dataset.notes:

@@ -103,7 +103,7 @@ def transform(image, matrix, place, canvas=CANVAS):
 
     Args:
         image: (H, W) uint8.
-        matrix: of `transform_matrix`.
+        matrix: matrix from `transform_matrix`.
         place: (down, right) in [0, 1] each: from the first to the last whole pixel at which all ink
             is on the canvas. Digits larger than the canvas stay in its middle.
         canvas: pixels of its sides.
@@ -144,7 +144,7 @@ def affine_test_images(images, seed=0, deformed=True):
 
     Args:
         images: (N, 28, 28, 1) uint8.
-        seed: of the transformations.
+        seed: seed of the transformations.
         deformed: if False, the images are only moved to the same places.
 
     Returns:
@@ -170,7 +170,7 @@ def swept_images(images, factor, value):
     Args:
         images: (N, 28, 28, 1) uint8.
         factor: a key of SWEEPS.
-        value: of the factor.
+        value: value of the factor.
 
     Returns:
         (N, 40, 40, 1) uint8.
@@ -245,8 +245,8 @@ def test_transformed(name, folder, trained_epochs, mnist):
     """Test a network on all transformed digits; what was tested before is not tested again.
 
     Args:
-        name: of the network.
-        folder: of `trial.run`; gets tested.json.
+        name: name of the network.
+        folder: folder of `trial.run`; gets tested.json.
         trained_epochs: how long the network was trained.
         mnist: Dataset.
 
@@ -290,8 +290,8 @@ def make_test(name, folder, labels):
     """Return a function that counts which images (N, 40, 40, 1) uint8 a trained network gets right.
 
     Args:
-        name: of the network.
-        folder: of `trial.run`.
+        name: name of the network.
+        folder: folder of `trial.run`.
         labels: (N,), of the images.
     """
     from input_pipeline import Data

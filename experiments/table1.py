@@ -67,7 +67,7 @@ def make_network(row, shape, overlap, seed):
         row: key of ROWS.
         shape: (H, W, C) of the images.
         overlap: whether an image shows two digits.
-        seed: of the dropout.
+        seed: seed of the dropout.
     """
     from cnn import CNN
 
@@ -88,7 +88,7 @@ def make_training(row, seed, overlap, epochs, share):
 
     Args:
         row: key of ROWS.
-        seed: of the training.
+        seed: seed of the training.
         overlap: whether an image shows two digits.
         epochs: to train for.
         share: (images trained on, all training images).

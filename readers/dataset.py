@@ -15,7 +15,7 @@ class Dataset(NamedTuple):
     y_test: np.ndarray
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user: what was changed in reading
-    x_validation: np.ndarray | None = None  # if the data set has a part of its own for it
+    x_validation: np.ndarray | None = None  # if the data set has a part for validation
     y_validation: np.ndarray | None = None
     inverted: bool = False  # whether light and dark were swapped
 

@@ -78,7 +78,7 @@ def _list_files(folder, skipped):
     """List the image files of a folder.
 
     Args:
-        folder: of the data set.
+        folder: folder of the data set.
         skipped: Counter of the files left out by their kinds; it is filled.
 
     Returns:
