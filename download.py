@@ -296,11 +296,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
-    usage = "python download.py [--mirror=URL] [--data_dir=DIR] NAME..., each of "
-    parser = _Parser("download.py", usage + ", ".join(DATASETS), allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="data set to verify or fetch")
+    usage = "python download.py [--mirror=URL] [--data_dir=DIR] NAME..."
+    parser = _Parser("download.py", usage, allow_abbrev=False)
+    known = ", ".join(DATASETS)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"data set to verify or fetch: {known}"
+    )
     parser.add_argument("--mirror", metavar="URL", help="http(s) folder to try first")
-    parser.add_argument("--data_dir", default="data", metavar="DIR", help="default: data")
+    folder_help = "folder of the data sets; default: data"
+    parser.add_argument("--data_dir", default="data", metavar="DIR", help=folder_help)
     args = parser.parse_args(argv)
     folder = os.path.expanduser(args.data_dir)
     if not args.names:

@@ -4,6 +4,37 @@ The library does not know about command-line flags. An error carries its details
 the program that catches it (`main.py`, an experiment) adds which flag to give.
 """
 
+import errno
+import os
+
+_DISK_FULL = "free some space, or choose a folder on another disk"
+_NOT_WRITABLE = "choose another folder, or make this one writable"
+_IN_THE_WAY = "choose another name, or move what has this one"
+_OS_ADVICE = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EACCES: _NOT_WRITABLE,
+    errno.EPERM: _NOT_WRITABLE,
+    errno.EROFS: _NOT_WRITABLE,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+
+
+def os_advice(error):
+    """Return what helps against an error of the operating system; "" if that is not known.
+
+    Args:
+        error: OSError, or an error of TensorFlow, which has the system's message in its text.
+    """
+    if isinstance(error, OSError):
+        return _OS_ADVICE.get(error.errno, "")
+    text = str(error)
+    return next((_OS_ADVICE[n] for n in _OS_ADVICE if os.strerror(n) in text), "")
+
 
 class UsageError(Exception):
     """The command line is wrong."""

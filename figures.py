@@ -16,13 +16,18 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from utils import atomic_path, printable, to_uint8
 
 LINE_COLORS = "#20639b", "#c0392b"
+# Two digits in one picture: readers who confuse red and green tell these apart, and where both
+# digits are, the sum is white.
+PAIR_COLORS = (255, 140, 0), (0, 115, 255)  # orange, blue
 
-_INK, _FAINT, _RED, _GREY = "#222222", "#808080", "#c0392b", "#e4e6e8"
+_INK, _FAINT, _RED, _GREY, _BAR = "#222222", "#808080", "#c0392b", "#e4e6e8", "#b0b0b0"
+_SPLIT_NAMES = {"train": "training images", "validation": "held-out images"}
 _DPI = 200
 # Pixels: side of an enlarged image (28 * 4), line of text, widest head of a row; white between
 # images, between examples, between heads and images, and around the page.
 _TILE, _LINE, _HEAD = 112, 28, 336
 _SEAM, _GAP, _PAD, _MARGIN = 4, 60, 16, 36
+_NARROW = 24  # between examples of a single tile
 
 
 # ---------------------------------------------------------------- grids of images
@@ -173,7 +178,7 @@ def _save_page(path, title, note, pixels, texts):
     return _save_png(path, np.asarray(page))
 
 
-def _save_examples(path, title, note, tiles, captions, per_row, above=(), before=()):
+def _save_examples(path, title, note, tiles, captions, per_row, above=(), before=(), gap=_GAP):
     """Draw examples, each some lines of text above rows of images.
 
     Args:
@@ -185,6 +190,7 @@ def _save_examples(path, title, note, tiles, captions, per_row, above=(), before
         per_row: number of examples side by side.
         above: heads of the tiles' columns.
         before: heads of the tiles' rows.
+        gap: pixels between examples side by side.
 
     Returns:
         The pixels, uint8 (H, W, 3).
@@ -195,9 +201,9 @@ def _save_examples(path, title, note, tiles, captions, per_row, above=(), before
     examples = [_arrange(np.concatenate(rows), columns, _SEAM, _SEAM, color=255) for rows in tiles]
     examples = np.pad(examples, ((0, 0), (text_height, 0), (0, 0), (0, 0)), constant_values=255)
     per_row = min(per_row, len(examples))
-    pixels = _arrange(examples, per_row, _LINE, _GAP, color=255)
+    pixels = _arrange(examples, per_row, _LINE, gap, color=255)
 
-    step_y, step_x = examples.shape[1] + _LINE, examples.shape[2] + _GAP
+    step_y, step_x = examples.shape[1] + _LINE, examples.shape[2] + gap
     texts = []
     for n, lines in enumerate(captions):
         x, y = n % per_row * step_x + examples.shape[2] / 2, n // per_row * step_y + _LINE / 2
@@ -227,8 +233,17 @@ def _caption_color(label, prediction):
 # ---------------------------------------------------------------- evaluation
 
 
-def save_reconstructions(path, images, with_label, without_label, labels, predictions, class_names):
-    """Draw the first 20 images, each beside its two reconstructions; wrong predictions in red.
+def save_reconstructions(
+    path,
+    images,
+    with_label,
+    without_label,
+    labels,
+    predictions,
+    class_names,
+    title="Reconstructions",
+):
+    """Draw the first 20 images, each next to its two reconstructions; wrong predictions in red.
 
     Args:
         path: file to write, or None.
@@ -238,6 +253,7 @@ def save_reconstructions(path, images, with_label, without_label, labels, predic
         labels: (N, K) true classes, in any order.
         predictions: (N, K) predicted classes, in any order.
         class_names: name of each class.
+        title: first line of the page.
 
     Returns:
         The pixels, uint8 (H, W, 3).
@@ -250,7 +266,7 @@ def save_reconstructions(path, images, with_label, without_label, labels, predic
     tiles = np.stack([to_uint8(column) for column in triples], axis=1)[:, None]
     note = "with label: from the capsule of the true class; no label: from the longest capsule"
     above = "input", "with label", "no label"
-    return _save_examples(path, "Reconstructions", note, tiles, captions, 4, above)
+    return _save_examples(path, title, note, tiles, captions, 4, above)
 
 
 def save_misclassified(path, images, numbers, labels, predictions, lengths, class_names):
@@ -293,31 +309,45 @@ def save_multi(path, title, inputs, reconstructions, labels, predictions, class_
         inputs: (N, H, W, C), N >= 1.
         reconstructions: (N, 2, H, W, C) of the predicted digits, in the order of `predictions`.
         labels: (N, 2) true classes, in any order.
-        predictions: (N, 2) predicted classes, in any order.
+        predictions: (N, 2) predicted classes, in any order. They are shown in the order of the
+            labels.
         class_names: name of each class.
 
     Returns:
         The pixels, uint8 (H, W, 3).
     """
     two_lines = max(map(len, class_names)) > 3
+    orders = [
+        _in_order_of(label, prediction)
+        for label, prediction in zip(labels[:20], predictions[:20], strict=True)
+    ]
+    predictions = np.take_along_axis(np.asarray(predictions[:20]), np.array(orders), axis=1)
     captions = []
-    for label, prediction in zip(labels[:20], predictions[:20], strict=True):
+    for label, prediction in zip(labels[:20], predictions, strict=True):
         texts = []
         for letter, (first, second) in (("L", label), ("R", prediction)):
             parts = f"{letter}:({class_names[first]},", f"{class_names[second]})"
             texts += parts if two_lines else [" ".join(parts)]
         color = _caption_color(label, prediction)
         captions.append([(text, color) for text in texts])
-    grey = to_uint8(reconstructions[:20]).mean(-1, keepdims=True).astype(np.uint8)
-    red, green = grey[:, 0] * np.uint8([1, 0, 0]), grey[:, 1] * np.uint8([0, 1, 0])
-    tiles = np.stack([_rgb(inputs[:20]), red + green, red, green], axis=1)[:, :, None]
-    note = "L: the label; R: the two longest capsules, reconstructed (first red, second green)"
+    grey = to_uint8(reconstructions[:20]).mean(-1, keepdims=True)
+    grey = np.stack([pair[order] for pair, order in zip(grey, orders, strict=True)])
+    first, second = (grey[:, k] / 255 * np.array(PAIR_COLORS[k]) for k in (0, 1))
+    colored = [np.rint(image).astype(np.uint8) for image in (first + second, first, second)]
+    tiles = np.stack([_rgb(inputs[:20]), *colored], axis=1)[:, :, None]
+    note = "L: the label; R: the two longest capsules, reconstructed (first orange, second blue)"
     before = "input", "both", "first", "second"
     return _save_examples(path, title, note, tiles, captions, 10, before=before)
 
 
+def _in_order_of(label, prediction):
+    """Return the order in which the most of two predicted classes are where the labels are."""
+    swapped = list(prediction)[::-1]
+    return [1, 0] if np.sum(swapped == label) > np.sum(prediction == label) else [0, 1]
+
+
 def save_predictions(path, originals, images, reconstructions, captions):
-    """Draw the first 40 files, each beside what the network gets and its reconstructions.
+    """Draw the first 40 files, each next to what the network gets and its reconstructions.
 
     Args:
         path: file to write, or None.
@@ -455,7 +485,7 @@ def save_tweak(path, images, deltas, dimension, row_names):
     return _save_steps(path, title, images, deltas, row_names)
 
 
-def save_tweak_overview(path, images, deltas, class_name):
+def save_tweak_overview(path, images, deltas, class_name, row_names=None):
     """Draw a digit with each dimension of its capsule changed, like figure 4 of the paper.
 
     Args:
@@ -463,12 +493,15 @@ def save_tweak_overview(path, images, deltas, class_name):
         images: (dims, steps, H, W, C).
         deltas: (steps,), what was added to the dimension.
         class_name: class of the digit.
+        row_names: names of chosen dimensions, None if `images` has all of them.
 
     Returns:
         The pixels, uint8 (H, W, 3).
     """
-    title = f"Each dimension of the capsule of class {class_name}, changed"
-    return _save_steps(path, title, images, deltas, [f"dim {i}" for i in range(len(images))])
+    which = "Each dimension" if row_names is None else "Chosen dimensions"
+    row_names = row_names or [f"dim {i}" for i in range(len(images))]
+    title = f"{which} of the capsule of class {class_name}, changed"
+    return _save_steps(path, title, images, deltas, row_names)
 
 
 def save_sweep(path, images, deltas, row_names):
@@ -488,6 +521,36 @@ def save_sweep(path, images, deltas, row_names):
         tiles = images[:, :, step].swapaxes(0, 1)  # (dims, digits, ...) -> (digits, dims, ...)
         pixels = _save_examples(None, title, note, tiles[None], [()], 1, above, row_names)
         pages.append(Image.fromarray(pixels).reduce(2).quantize(64))
+    _save_to_and_fro(path, pages)
+
+
+def save_named_sweep(path, originals, images, deltas, captions):
+    """Draw digits with chosen dimensions of their capsules swept back and forth, as a GIF.
+
+    Args:
+        path: file to write.
+        originals: (digits, H, W, C), the images that the network saw.
+        images: (digits, columns, steps, H, W, C), reconstructions.
+        deltas: (steps,), what was added to the dimension.
+        captions: the lines of text of each digit's original and columns, (digits, 1 + columns),
+            as many for each.
+    """
+    digits, columns = np.shape(images)[:2]
+    lines = [[(line, _INK) for line in cell] for row in captions for cell in row]
+    note = "each column changes one of the numbers of the digit's capsule"
+    pages = []
+    for step, delta in enumerate(deltas):
+        title = f"What a capsule holds, changed by {_signed(delta)}"
+        swept = np.asarray(images)[:, :, step]
+        tiles = np.concatenate([to_uint8(originals)[:, None], to_uint8(swept)], axis=1)
+        tiles = tiles.reshape(digits * (1 + columns), 1, 1, *tiles.shape[2:])
+        pixels = _save_examples(None, title, note, tiles, lines, 1 + columns, gap=_NARROW)
+        pages.append(Image.fromarray(pixels).quantize(64))
+    _save_to_and_fro(path, pages)
+
+
+def _save_to_and_fro(path, pages):
+    """Save pages as an animated GIF that runs to the last page and back, for ever."""
     first, *others = pages + pages[-2:0:-1]
     with atomic_path(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=others, loop=0, duration=120)
@@ -539,7 +602,7 @@ def save_figure(path, figure):
     return _save_png(path, np.array(figure.canvas.buffer_rgba())[..., :3])
 
 
-def save_learning_curves(path, curves, steps_per_epoch):
+def save_learning_curves(path, curves, steps_per_epoch, dataset):
     """Draw loss and error over the epochs, on logarithmic axes; an error of 0 is a gap.
 
     Args:
@@ -548,6 +611,7 @@ def save_learning_curves(path, curves, steps_per_epoch):
             {"loss/total": (steps, values), "accuracy": (steps, values)}. Longer curves become the
             means of at most 100 equal parts.
         steps_per_epoch: number of training steps in an epoch.
+        dataset: name of the data set, for the titles.
 
     Returns:
         The pixels, uint8 (H, W, 3).
@@ -562,14 +626,68 @@ def save_learning_curves(path, curves, steps_per_epoch):
             shown[shown <= 0] = np.nan  # a logarithmic axis has no place for 0
             marker = "o" if len(steps) < 60 else None
             style = {"color": color, "lw": 1.2, "marker": marker, "ms": 2.5}
-            panel.plot(steps / steps_per_epoch, shown, label=name, **style)
-    for panel, title in zip(panels, ("Total loss", "Error, % of images"), strict=True):
+            label = _SPLIT_NAMES.get(name, name)
+            panel.plot(steps / steps_per_epoch, shown, label=label, **style)
+    titles = f"Total loss on {dataset}", f"Error on {dataset}, % of images"
+    for panel, title in zip(panels, titles, strict=True):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.yaxis.set_minor_formatter("{x:g}")
         label_panel(panel, title, "epoch")
     panels[0].legend(fontsize=7, frameon=False)
+    return save_figure(path, figure)
+
+
+def save_length_histogram(path, present, absent):
+    """Draw how long the capsules of the classes in an image are, and those of the other classes.
+
+    Args:
+        path: file to write, or None.
+        present: (n,), lengths of the capsules of classes that are in their image.
+        absent: (m,), lengths of the capsules of all other classes.
+
+    Returns:
+        The pixels, uint8 (H, W, 3).
+    """
+    figure, (panel,) = new_figure(1)
+    blue, red = LINE_COLORS
+    edges = np.linspace(0, 1, 51)
+    for values, name, color in ((absent, "absent", red), (present, "present", blue)):
+        label = f"class {name}: {len(values):,} capsules"
+        panel.hist(values, edges, histtype="stepfilled", alpha=0.6, color=color, label=label)
+    for place in (0.1, 0.9):
+        label = "margins of the loss" if place == 0.1 else None
+        panel.axvline(place, color=_FAINT, lw=0.8, ls="--", label=label)
+    panel.set_yscale("log")
+    panel.set_ylabel("capsules", fontsize=7)
+    label_panel(panel, "Lengths of the capsules of test images", "length")
+    panel.legend(fontsize=7, frameon=False)
+    return save_figure(path, figure)
+
+
+def save_bars(path, panels, width=9):
+    """Draw horizontal bars with their values, in panels side by side.
+
+    Args:
+        path: file to write, or None.
+        panels: list of (title, names, values, unit).
+        width: in inches.
+
+    Returns:
+        The pixels, uint8 (H, W, 3).
+    """
+    figure, axes = new_figure(len(panels), width=width)
+    for axis, (title, names, values, unit) in zip(axes, panels, strict=True):
+        # The tool's own bar is the last one.
+        colors = [_BAR] * (len(values) - 1) + [LINE_COLORS[0]]
+        bars = axis.barh(names, values, color=colors)
+        axis.bar_label(bars, [f"{value:,g}" for value in values], padding=3, fontsize=7)
+        label_panel(axis, title, unit)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.grid(visible=False, axis="y")
+        axis.tick_params(axis="y", labelsize=7, length=0)
     return save_figure(path, figure)
 
 

@@ -1,17 +1,20 @@
 """Train and examine a CapsNet (Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, 2017).
 
 Examples:
-  python main.py --test --reconstruction_test --tweak_test --pretrained
-                                                                 see what it does, without training
-  python main.py --train --test --epoch=1 --train_size=6000      a quick look, in a minute or two
-  python main.py --train --data_deformation                      train on MNIST
-  python main.py --test --tweak_test --reconstruction_test       examine what was trained
-  python main.py --train --validation_check                      keep the best by validation
-  python main.py --train --test --multi_MNIST                    overlapping digits
-  tensorboard --logdir=./logs                                    curves and pictures
+  python main.py --test --tweak_test --pretrained             try the trained network, included
+  python main.py --train --test --epoch=1 --train_size=6000   a quick look, in a minute or two
+  python main.py --train --data_deformation                   train on MNIST, or resume
+  python main.py --train --validation_check                   keep the best by validation loss
+  python main.py --test --reconstruction_test --tweak_test    examine what was trained
+  python main.py --train --test --multi_MNIST                 overlapping digits
+  python main.py --train --test --dataset=photos              own images, photos/train/CLASS/*.png
+  python main.py --predict='my/*.png' --pretrained            classify image files
+  python main.py --export=capsnet --pretrained                export a SavedModel and a .keras file
+  tensorboard --logdir=./logs                                 curves and pictures
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -23,6 +26,7 @@ import config
 import datasets
 import errors
 import runtime
+import usage
 from errors import UsageError, UserError
 
 NETWORK, TRAINING = config.NetworkConfig(), config.TrainingConfig()
@@ -33,56 +37,62 @@ _MULTI = ", ".join(f"--{name}={value}" for name, value in config.MULTI_MNIST.ite
 FLAGS = {
     "Modes (at least one; they run in this order)": [
         ("train", False, None, "train, or resume from the last checkpoint"),
-        ("test", False, None, "accuracy and losses over all test images"),
-        ("reconstruction_test", False, None, "pictures of reconstructions, to --sample_dir"),
-        ("tweak_test", False, None, "pictures of capsules changed step by step, to --tweak_dir"),
+        ("test", False, None, "measure accuracy and losses on all test images"),
+        ("reconstruction_test", False, None, "draw reconstructions, in --sample_dir"),
+        ("tweak_test", False, None,
+         "draw reconstructions of capsules changed step by step, in --tweak_dir"),
         ("export", "", None, "write the network to this new folder, for use without this program"),
-        ("predict", "", None, "classify these image files, a quoted pattern such as 'my/*.png'"),
+        ("predict", "", None, "classify image files; quote the pattern, as in 'my/*.png'"),
     ],
     "Weights": [
         ("pretrained", False, None,
-         "examine or export the weights that come with this program, without training"),
+         "use the weights that come with this program, without training"),
     ],
     "Data": [
         ("dataset", "mnist", None,
          "mnist, fashion_mnist, kmnist, a .npz file, or a folder of images by class, with or "
          "without train and test folders"),
         ("image_size", "", None,
-         "make all images fit this height and width in pixels, such as 32x48; needed if the images "
+         "fit all images to this height and width in pixels, such as 32x48; needed if the images "
          "of a folder differ in size"),
         ("multi_MNIST", False, None,
-         f"two overlapping digits in each image (paper, section 6); default then {_MULTI}"),
+         f"two overlapping digits in each image (section 6); changes the defaults to {_MULTI}"),
         ("multi_test_pairs", 1, (1, 1000),
-         "pairs to test in which each test digit is the first; the paper takes 1000"),
+         "test pairs for each test digit; the paper takes 1000"),
         ("multi_shift", config.MULTI_SHIFT, (0, 8),
-         "pixels that each overlapping digit is shifted by at most; the authors' public code: 6"),
+         "largest shift of an overlapping digit, in pixels; the authors' public code: 6"),
         ("data_deformation", False, None,
          f"shift training images by up to {config.MAX_SHIFT} pixels (section 5)"),
         ("validation_check", False, None,
-         "hold out a sixth of the training images; keep, and test, the best weights by their loss"),
-        ("train_size", 0, (0, 10**9), "only the first N training images, for a quick look; 0: all"),
+         "hold out a sixth of the training images; keep and test the weights with the lowest "
+         "loss on them"),
+        ("train_size", 0, (0, 10**9), "use only the first N training images; 0: all"),
         ("data_dir", "data", None, "folder of the data sets"),
     ],
     "Training": [
-        ("epoch", config.EPOCHS, (1, 10**6), "epochs in total, including those already done"),
-        ("batch_size", TRAINING.batch_size, (1, 10**5), "images in a step"),
+        ("epoch", config.EPOCHS, (1, 10**6),
+         "total number of epochs, including those already done"),
+        ("batch_size", TRAINING.batch_size, (1, 10**5), "images per step, over all devices"),
         ("learning_rate", TRAINING.learning_rate, (1e-9, 10.0), "initial learning rate (Adam)"),
         ("decay_rate", TRAINING.decay_rate, (1e-6, 1.0),
-         "factor of the learning rate over --decay_steps steps"),
+         "factor by which the learning rate falls in --decay_steps steps, at most 1"),
         ("decay_steps", TRAINING.decay_steps, (1, 10**9),
          "steps in which the learning rate falls by --decay_rate"),
         ("reconstruction_weight", TRAINING.reconstruction_weight, (0.0, 1e6),
-         "of the summed squared pixel errors"),
+         "weight of the reconstruction loss, the sum of the squared pixel errors"),
         ("averaging", TRAINING.averaging, (0.0, 0.99999),
-         "momentum of running averages of the weights, which are what is tested; 0: none"),
-        ("initialization", config.INITIALIZATION, tuple(config.INITIALIZATIONS), "of the weights"),
+         "momentum of the running averages of the weights, which are used for tests; below 1; "
+         "0: no averages"),
+        ("initialization", config.INITIALIZATION, tuple(config.INITIALIZATIONS),
+         "initial weights: Glorot's, or those of the authors' public code"),
         ("recipe", "default", tuple(config.RECIPES),
-         "values of the flags not given; authors: those of their public code; long: 50 epochs"),
+         "defaults of the other flags; authors: the settings of their public code; long: 50 "
+         "epochs"),
         ("seed", TRAINING.seed, (0, 2**31 - 1),
-         "of the first weights, the order, the shifts and the pairs"),
+         "seed of the initial weights, the order, the shifts and the pairs"),
         ("save_steps", config.SAVE_STEPS, (1, 10**9),
-         "steps between checkpoints (plus one after each epoch)"),
-        ("restart", False, None, "with --train: move an earlier run aside and start over"),
+         "steps between checkpoints; every epoch ends with one too"),
+        ("restart", False, None, "with --train: archive the earlier run and start over"),
     ],
     "Network": [
         ("n_conv", NETWORK.n_conv, (1, 4096), "filters of the first convolution"),
@@ -90,19 +100,20 @@ FLAGS = {
         ("primary_dim", NETWORK.primary_dim, (1, 1024), "dimension of a primary capsule"),
         ("digit_dim", NETWORK.digit_dim, (1, 1024), "dimension of a digit capsule"),
         ("routing_iterations", NETWORK.routing_iterations, (1, 100),
-         "iterations of dynamic routing (procedure 1)"),
+         "iterations of dynamic routing"),
         ("kernel_size", NETWORK.kernel_size, (1, 99),
-         "pixels of both convolutions; images have at least twice as many less one"),
+         "side of the kernels of both convolutions, in pixels; images need at least twice as many "
+         "minus 1"),
         ("variant", NETWORK.variant, config.VARIANTS,
-         "as in the paper, or with the authors' public code's biases in routing and weaker primary "
-         "capsules"),
+         "the paper's network, or that of the authors' public code, which has biases in routing "
+         "and weaker primary capsules"),
     ],
     "Pictures": [
-        ("tweak_num", 5, (1, 100), "test digits to tweak"),
+        ("tweak_num", 5, (1, 100), "number of test digits to tweak"),
     ],
     "Speed": [
         ("conv", "auto", ("auto", "direct", "dft"),
-         "convolve directly or by products of spectra; auto: dft on a CPU"),
+         "convolve directly, or by products of spectra (dft); auto: dft on a CPU"),
         ("jit", "auto", ("auto", "on", "off"),
          "compile with XLA; auto: on, except for direct convolution on a CPU"),
     ],
@@ -110,24 +121,28 @@ FLAGS = {
         ("strategy", "auto", ("auto", "one", "mirrored", "multi_worker"),
          "one device, all GPUs of this machine, or the machines in TF_CONFIG; auto: all GPUs"),
         ("precision", "float32", ("float32", "mixed_bfloat16"),
-         "of products; mixed_bfloat16 on accelerators only, norms, routing and losses stay "
-         "float32"),
+         "precision of matrix products; mixed_bfloat16 needs an accelerator; norms, routing and "
+         "losses stay float32"),
     ],
     "Reproducibility": [
         ("deterministic", False, None,
-         "bit-identical runs on accelerators and with --conv=direct too, at some cost in speed"),
+         "bit-identical runs on accelerators and with --conv=direct too; slower"),
     ],
     "Folders": [
-        ("checkpoint_dir", "checkpoint", None, "of checkpoints, one folder per run"),
-        ("val_checkpoint_dir", "val_checkpoint", None, "of the best by validation"),
-        ("multi_checkpoint_dir", "multi_checkpoint", None, "of checkpoints with --multi_MNIST"),
-        ("sample_dir", "samples", None, "of pictures"),
-        ("tweak_dir", "tweak", None, "of tweaked reconstructions"),
-        ("logdir", "logs", None, "of TensorBoard events and test.json"),
+        ("checkpoint_dir", "checkpoint", None,
+         "folder for checkpoints; each run has its own folder in it"),
+        ("val_checkpoint_dir", "val_checkpoint", None,
+         "folder for the best checkpoint by validation loss"),
+        ("multi_checkpoint_dir", "multi_checkpoint", None,
+         "folder for checkpoints with --multi_MNIST"),
+        ("sample_dir", "samples", None, "folder for pictures"),
+        ("tweak_dir", "tweak", None, "folder for pictures of changed capsules"),
+        ("logdir", "logs", None, "folder for TensorBoard events and test.json"),
     ],
 }
 # fmt: on
 ROWS = [row for rows in FLAGS.values() for row in rows]
+NAMES = [name for name, *_ in ROWS]
 LARGEST_SIDE = 1024  # pixels of --image_size
 EMPTY = {
     "predict": "PATTERN",
@@ -169,47 +184,40 @@ def advice(error):
 
 
 def help_text():
-    """Return the examples, then all flags by purpose."""
+    """Return the examples, then all flags by purpose, in lines of at most `usage.WIDTH` columns."""
     lines = [__doc__.strip()]
     for group, rows in FLAGS.items():
         lines.append(f"\n{group}:")
         for name, default, bounds, text in rows:
-            usage, values = describe_flag(name, default, bounds)
-            gap = f"\n{'':<46}" if len(usage) >= 44 else ""
-            lines.append(f"  {usage:<44}{gap} {text}{values}")
+            flag, note = describe_flag(name, default, bounds)
+            lines += usage.help_lines(flag, text + note)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def describe_flag(name, default, bounds):
-    """Return how to write a flag, and a note on its default or bounds."""
+    """Return how to write a flag, and a note on its default or on bounds that one may meet."""
     if isinstance(default, bool):
         return f"--[no]{name}", ""
     if isinstance(default, str):
         if bounds:
-            return f"--{name}={'|'.join(bounds)}", f" (default {default})"
+            note = "" if default == "default" else f" (default {default})"
+            return f"--{name}={'|'.join(bounds)}", note
         return f"--{name}={default or EMPTY.get(name, 'TEXT')}", ""
-    low, high = (f"{b:,}" if isinstance(b, int) else f"{b:g}" for b in bounds)
-    return f"--{name}={default}", f" ({low} to {high})"
+    low, high = bounds
+    common = isinstance(default, int) and high <= usage.COMMON
+    return f"--{name}={default}", f" ({low:,} to {high:,})" if common else ""
 
 
 def parse(argv):
     """Return the values of the flags. Raise UsageError if the command line is wrong."""
     values = flags.FlagValues()
-    define = {
-        bool: flags.DEFINE_boolean,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-    }
     for name, default, bounds, text in ROWS:
-        if isinstance(default, str) and bounds:
-            flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
-        else:
-            define[type(default)](name, default, text, flag_values=values)
+        define_flag(values, name, default, bounds, text)
     try:
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        raise UsageError(" ".join(str(error).split()) + "; see --help") from None
+        problem = usage.describe_problem(error, NAMES)
+        raise UsageError(problem + usage.see_help(problem)) from None
     if stray:
         refuse_stray_word(stray[0], values.predict)
     refuse_repeats(values)
@@ -221,6 +229,19 @@ def parse(argv):
     return values
 
 
+def define_flag(values, name, default, bounds, text):
+    """Define a flag whose type is that of its default."""
+    if isinstance(default, bool):
+        flags.DEFINE_boolean(name, default, text, flag_values=values)
+    elif isinstance(default, str) and bounds:
+        flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
+    elif isinstance(default, str):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    else:
+        parser, serializer = usage.NumberParser(type(default)), flags.ArgumentSerializer()
+        flags.DEFINE(parser, name, default, text, flag_values=values, serializer=serializer)
+
+
 def refuse_stray_word(word, pattern):
     """Raise UsageError for a word that is not a flag."""
     if pattern and os.path.exists(word):
@@ -228,10 +249,7 @@ def refuse_stray_word(word, pattern):
             f"stray word {word!r}: the shell replaced the pattern of --predict by the "
             "files' names, expected a quoted one, such as --predict='*.png'"
         )
-    raise UsageError(
-        f"stray word {word!r}, expected only flags: write --flag=value, and --noflag to switch one "
-        "off"
-    )
+    raise UsageError(usage.stray_word(word, NAMES))
 
 
 def refuse_repeats(values):
@@ -249,9 +267,8 @@ def check_values(values):
         value = getattr(values, name)
         number = type(default) in (int, float)
         if number and not bounds[0] <= value <= bounds[1]:  # absl's own bounds let nan pass
-            raise UsageError(
-                f"--{name}={value} is out of bounds, expected {bounds[0]:g} to {bounds[1]:g}"
-            )
+            expected = usage.expected_number(type(default), *bounds, value)
+            raise UsageError(f"--{name}={value}: expected {expected}")
         if isinstance(default, str) and not value and (default or values[name].present):
             raise UsageError(f"--{name} is empty, expected a value")
         if name in WRITTEN and not is_utf8(value):
@@ -318,8 +335,6 @@ def check_combinations(values):
         raise UsageError("--recipe=long is for single digits, without --multi_MNIST")
     if values["multi_shift"].present and not values.multi_MNIST:
         raise UsageError("--multi_shift needs --multi_MNIST")
-    checkpoints = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
-    folders = {os.path.realpath(f) for f in (checkpoints, values.val_checkpoint_dir, values.logdir)}
     if values.restart and not values.train:
         raise UsageError("--restart starts a training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
@@ -329,11 +344,10 @@ def check_combinations(values):
             "--pretrained takes the weights that come with the program and cannot be combined "
             "with --train or --validation_check"
         )
-    if len(folders) < 3:
-        raise UsageError(
-            "the folders of checkpoints, of the best by validation and of events are the same, "
-            "expected three different ones"
-        )
+    checkpoints = "multi_checkpoint_dir" if values.multi_MNIST else "checkpoint_dir"
+    for one, other in itertools.combinations((checkpoints, "val_checkpoint_dir", "logdir"), 2):
+        if os.path.realpath(getattr(values, one)) == os.path.realpath(getattr(values, other)):
+            raise UsageError(f"--{one} and --{other} must differ")
     if values.validation_check and 0 < values.train_size < 6:
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
 
@@ -368,7 +382,7 @@ def short_usage():
     """Return what to type, for a command line without a mode."""
     modes = ", ".join(f"--{mode}" for mode in MODES)
     examples = __doc__.strip().split("\n\n", 1)[1]
-    return f"Nothing to do: give one or more of {modes}.\n{examples}\nAll flags: --help"
+    return f"Nothing to do. Give one or more of\n  {modes}\n{examples}\nAll flags: --help"
 
 
 def run_modes(values, argv, modes):

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, os_advice
 
 ROOT = Path(__file__).resolve().parent
 WORKERS_SECONDS = 600
@@ -362,7 +362,8 @@ def describe_error(error, advice="", several_workers=False):
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         problem = error.strerror or error
-        return f"{place}{problem}; choose another folder, or make this one writable"
+        helps = os_advice(error)
+        return f"{place}{problem}; {helps}" if helps else f"{place}{problem}"
     if is_out_of_memory(error):
         return f"out of memory; {advice or 'try a smaller batch or network'}"
     if several_workers and isinstance(error, lost):
@@ -370,4 +371,5 @@ def describe_error(error, advice="", several_workers=False):
             "another worker stopped or cannot be reached; start all workers again, they resume "
             "from the last checkpoint"
         )
-    return f"{reason(error)}; earlier checkpoints are unchanged"
+    helps = [os_advice(error)] if os_advice(error) else []
+    return "; ".join([reason(error), *helps, "earlier checkpoints are unchanged"])

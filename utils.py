@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import UserError
+from errors import UserError, os_advice
 
 # What NumPy raises for a damaged .npz file, or one that is not an .npz file at all.
 NPZ_ERRORS = (
@@ -59,7 +59,8 @@ def atomic_path(path):
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose a writable path") from error
+        advice = os_advice(error) or "choose another path"
+        raise UserError(f"cannot write {path}: {error}; {advice}") from error
 
 
 def write_json(path, obj):

@@ -152,7 +152,7 @@ def train_with_kills(folder, flags, dice, seconds):
 
     Args:
         folder: to train in.
-        flags: of the training.
+        flags: flags of the training.
         dice: random.Random.
         seconds: after the first step, the latest moment of a kill.
 
@@ -212,7 +212,7 @@ def save_endlessly(folder, pipe):
     """Save a checkpoint again and again, and send the step after each; to be killed.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         pipe: connection to send to.
     """
     import runtime

@@ -45,8 +45,8 @@ def stages(trainer, batch):
     """Return calls by name, each of which runs one stage of a training step alone.
 
     Args:
-        trainer: of the default formulation.
-        batch: of `input_pipeline.batches`.
+        trainer: trainer of the default formulation.
+        batch: batch from `input_pipeline.batches`.
     """
     import tensorflow as tf
 
@@ -137,9 +137,9 @@ def row(name, train, infer, floor, batch_size):
     """Return the cells of a formulation; a ratio is the median of the ratios within a round.
 
     Args:
-        name: of the formulation.
+        name: name of the formulation.
         train: milliseconds of a step, dict of name to array (rounds,).
-        infer: of inference, the same.
+        infer: the same for inference.
         floor: (rounds,), milliseconds of the direct convolution at the rate of matrix products.
         batch_size: images in a step.
     """

@@ -88,7 +88,7 @@ def new_process(initializer=runtime.start_tensorflow, arguments=()):
 
     Args:
         initializer: function that the process calls first.
-        arguments: of the initializer.
+        arguments: arguments of the initializer.
     """
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, context, initializer, arguments)
@@ -116,7 +116,7 @@ def load_digits(count=None, image_size=28):
     """Return Data of the first training digits of MNIST, shifted in training.
 
     Args:
-        count: of the digits, None for all.
+        count: number of digits, None for all.
         image_size: pixels of a side; digits are padded to it with zeros.
     """
     from input_pipeline import Data
@@ -168,7 +168,7 @@ def make_inference(network, batch, jit=True):
 
     Args:
         network: CapsNet.
-        batch: of `input_pipeline.batches`.
+        batch: batch from `input_pipeline.batches`.
         jit: whether XLA compiles it.
     """
     import tensorflow as tf

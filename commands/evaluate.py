@@ -39,6 +39,7 @@ def test(session):
         pictures = [save_multi_sheet(session, plan, evaluation)]
     else:
         pictures = [matrix, save_misclassified(session, plan, evaluation)]
+    pictures.append(save_lengths(session, evaluation))
     say_written([folder / "test.json", folder / "predictions.csv", *pictures])
 
 
@@ -215,6 +216,15 @@ def save_misclassified(session, plan, evaluation):
         evaluation.scores[wrong],
         figures.drawable_names(session.dataset.class_names),
     )
+    return path
+
+
+def save_lengths(session, evaluation):
+    """Draw how long the capsules of present and of absent classes are; return the file."""
+    path = Path(session.flags.sample_dir) / "capsule_lengths.png"
+    classes = np.arange(evaluation.scores.shape[1])
+    present = (evaluation.labels[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
+    figures.save_length_histogram(path, evaluation.scores[present], evaluation.scores[~present])
     return path
 
 

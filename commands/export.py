@@ -53,7 +53,7 @@ def write_network(network, folder, metadata, card, digits=1):
         network: CapsNet. It is written with direct convolutions, which run on any machine.
         folder: gets capsnet.keras (needs ops and model to be imported), saved_model (needs only
             TensorFlow), weights.npz (float16, for `load_pretrained`) and README.md.
-        metadata: of the checkpoint.
+        metadata: metadata of the checkpoint.
         card: text of README.md.
         digits: K, in each image.
 
@@ -111,7 +111,7 @@ def model_card(session, metadata, result):
 
     Args:
         session: Session.
-        metadata: of the weights, with the seconds of their training.
+        metadata: metadata of the weights, with the seconds of their training.
         result: contents of test.json, or None; quoted if it is of these weights.
     """
     training, (height, width, channels) = metadata["training"], metadata["shape"]["image_shape"]
@@ -123,7 +123,7 @@ def model_card(session, metadata, result):
             f"{result['versions']['tensorflow']}."
         )
     else:
-        measured = "Not measured: these weights were exported without a test of them."
+        measured = "Not measured: these weights were exported without a test."
     duration = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
     settings = (metadata["shape"] | training).items()
     return (

@@ -49,7 +49,7 @@ def matching_files(pattern):
     if not files:
         raise UserError(
             f"--predict={pattern} matches no file, expected image files; quote a "
-            "pattern, and ** stands for folders in folders"
+            "pattern; ** matches folders in folders"
         )
     return files
 
@@ -107,7 +107,7 @@ def read_images(paths, shape, appearance):
     """Read image files and make them look like the training images.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
         shape: (H, W, C) of the network's images.
         appearance: Appearance of the training images.
 

@@ -61,7 +61,7 @@ def train(session, other_modes):
         )
     curve = Path(flags.sample_dir) / "learning_curve.png"
     if session.chief and (trained or not curve.exists()):
-        draw_learning_curves(session.folders.logs, curve, trainer.steps_per_epoch)
+        draw_learning_curves(session, curve, trainer.steps_per_epoch)
     if trained and not any(getattr(flags, mode) for mode in other_modes):
         print(next_command(flags, ("train", *other_modes)))
 
@@ -242,12 +242,13 @@ def summarize(evaluation, data, path=None):
         tf.summary.histogram(f"where absent, length of capsule/{name}", lengths[~present])
 
 
-def draw_learning_curves(logs, path, steps_per_epoch):
-    """Draw losses and errors of training and validation from the events in a folder."""
+def draw_learning_curves(session, path, steps_per_epoch):
+    """Draw losses and errors of training and validation from the events of a session's run."""
+    logs = session.folders.logs
     curves = {name: read_scalars(logs / name)[0] for name in ("train", "validation")}
     curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
     if curves:
-        figures.save_learning_curves(path, curves, steps_per_epoch)
+        figures.save_learning_curves(path, curves, steps_per_epoch, session.name)
         say_written([path])
 
 

@@ -86,15 +86,15 @@ def percent(text):
 
 
 FLAGS = [
-    Flag("networks", ",".join(NETWORKS), distinct(one_of(NETWORKS)), "to train and test"),
+    Flag("networks", ",".join(NETWORKS), distinct(one_of(NETWORKS)), "networks to train and test"),
     Flag(
         "accuracy",
         99.23,
         percent,
-        "percent of held-out digits at which training stops (default: the paper's)",
+        "accuracy on held-out digits, in percent, at which training stops; default: the paper's",
     ),
-    Flag("epochs", 20, number(int, 1, MOST), "after which training stops in any case"),
-    Flag("train_size", None, number(int, 1, MOST), "only the first N training images"),
+    Flag("epochs", 20, number(int, 1, MOST), "largest number of epochs"),
+    Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,
     Flag("output", "runs/affine", path_name, "folder to write to"),
 ]
@@ -125,7 +125,7 @@ def transform(image, matrix, place, canvas=CANVAS):
 
     Args:
         image: (H, W) uint8.
-        matrix: of `transform_matrix`.
+        matrix: matrix from `transform_matrix`.
         place: (down, right) in [0, 1] each: from the first to the last whole pixel at which all ink
             is on the canvas. Digits larger than the canvas stay in its middle.
         canvas: pixels of its sides.
@@ -166,7 +166,7 @@ def affine_test_images(images, seed=0, deformed=True):
 
     Args:
         images: (N, 28, 28, 1) uint8.
-        seed: of the transformations.
+        seed: seed of the transformations.
         deformed: if False, the images are only moved to the same places.
 
     Returns:
@@ -192,7 +192,7 @@ def swept_images(images, factor, value):
     Args:
         images: (N, 28, 28, 1) uint8.
         factor: a key of SWEEPS.
-        value: of the factor.
+        value: value of the factor.
 
     Returns:
         (N, 40, 40, 1) uint8.
@@ -268,8 +268,8 @@ def test_transformed(name, folder, trained_epochs, mnist):
     """Test a network on all transformed digits; what was tested before is not tested again.
 
     Args:
-        name: of the network.
-        folder: of `trial.run`; gets tested.json.
+        name: name of the network.
+        folder: folder of `trial.run`; gets tested.json.
         trained_epochs: how long the network was trained.
         mnist: Dataset.
 
@@ -313,8 +313,8 @@ def make_test(name, folder, labels):
     """Return a function that counts which images (N, 40, 40, 1) uint8 a trained network gets right.
 
     Args:
-        name: of the network.
-        folder: of `trial.run`.
+        name: name of the network.
+        folder: folder of `trial.run`.
         labels: (N,), of the images.
     """
     from input_pipeline import Data
@@ -387,7 +387,7 @@ def draw(path, outcomes):
             panel.plot(sweep.values, shares, "o-", ms=3, color=color, label=NETWORKS[name].title)
         panel.axvspan(*sweep.in_affnist, color="#e4e6e8", lw=0, label="affNIST's range")
         figures.label_panel(panel, factor.capitalize(), sweep.unit)
-    panels[0].set_ylabel("% right", fontsize=7)
+    panels[0].set_ylabel("accuracy (%)", fontsize=7)
     panels[0].legend(fontsize=6, frameon=False)
     figures.save_figure(path, figure)
 

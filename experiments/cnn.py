@@ -48,7 +48,7 @@ class CNN(keras.Model):
         architecture: a key of ARCHITECTURES.
         digits: K; for several digits the outputs are sigmoids (section 6).
         conv: "direct" or "dft", see `ops.Convolution`.
-        seed: of the dropout.
+        seed: seed of the dropout.
         **kwargs: of a Keras model.
     """
 
@@ -106,7 +106,7 @@ class CNN(keras.Model):
 
         Args:
             images: (B, H, W, C).
-            spectra: of `spectra`, if no weight changed since.
+            spectra: what `spectra` returned, if no weight changed since.
             step: number of the training step, for the dropout; None drops nothing.
         """
         x = images
@@ -138,8 +138,8 @@ class CNN(keras.Model):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: of `input_pipeline.batches`.
-            spectra: of `spectra`, if no weight changed since.
+            batch: batch from `input_pipeline.batches`.
+            spectra: what `spectra` returned, if no weight changed since.
             inference: whether no gradient is wanted; nothing is dropped out then.
             step: number of the training step, for the dropout.
 

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import errors
 import runtime
+import usage
 from errors import UsageError, UserError
 from training.interrupt import Interrupted
 
 MOST = 10**9  # epochs, images and the like
-_KINDS = {int: "a whole number", float: "a number"}
 
 
 class Flag(NamedTuple):
@@ -42,7 +42,7 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan  # which is within no bounds
         if not low <= value <= high:
-            raise ValueError(f"expected {_KINDS[kind]} from {low:,} to {high:,}")
+            raise ValueError("expected " + usage.expected_number(kind, low, high, value))
         return value
 
     return parse
@@ -93,12 +93,13 @@ def parse(argv, definitions):
     values = flags.FlagValues()
     for flag in definitions:
         flags.DEFINE(_Parser(flag.parse), flag.name, flag.default, flag.help, flag_values=values)
+    names = [flag.name for flag in definitions]
     try:
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(usage.describe_problem(error, names)) from None
     if stray:
-        raise UsageError(f"stray word {stray[0]!r}, expected only flags: --flag=value")
+        raise UsageError(usage.stray_word(stray[0], names))
     repeated = next((flag.name for flag in definitions if values[flag.name].present > 1), None)
     if repeated:
         raise UsageError(f"--{repeated} is given more than once, expected one value")
@@ -110,7 +111,7 @@ def help_text(doc, definitions):
     lines = [doc.strip()]
     for flag in definitions:
         shown = f"--{flag.name}" if flag.default is None else f"--{flag.name}={flag.default}"
-        lines.append(f"  {shown:<24} {flag.help}")
+        lines += usage.help_lines(shown, flag.help)
     return "\n".join([lines[0], "", *lines[1:]])
 
 
@@ -140,7 +141,7 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         sys.stdout.flush()  # here, where a reader that has gone is noticed
         return code
     except UsageError as error:
-        print(f"{program}: {error}; see --help", file=sys.stderr)
+        print(f"{program}: {error}{usage.see_help(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

@@ -22,17 +22,17 @@ import utils
 ITERATIONS, IMAGES, CLASSES = 10, 10_000, 10
 BATCH_SIZE = 100
 FLAGS = [
-    Flag("iterations", ITERATIONS, number(int, 1, 100), "iterations to watch, 1 to 100"),
+    Flag("iterations", ITERATIONS, number(int, 1, 100), "routing iterations to follow, 1 to 100"),
     Flag(
         "checkpoint",
         None,
         path_name,
-        "folder of a trained network of the default sizes; by default the weights that come with "
-        "the program",
+        "folder of a trained network of the default sizes; default: the weights that come with the "
+        "program",
     ),
     Flag("output", "runs/routing", path_name, "folder to write to"),
     DATA_DIR,
-    Flag("images", IMAGES, number(int, 1, MOST), "only the first N test images"),
+    Flag("images", IMAGES, number(int, 1, MOST), "use only the first N test images"),
 ]
 ADVICE = dict.fromkeys(
     (errors.NoCheckpoint, errors.DamagedCheckpoints, errors.NetworkMismatch),

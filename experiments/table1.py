@@ -43,11 +43,18 @@ ABSENT = "–"  # in a cell of the table
 CLASSES = 10
 
 FLAGS = [
-    Flag("rows", None, distinct(one_of(ROWS)), f"of {','.join(ROWS)}; all that the paper has"),
-    Flag("seeds", "0,1,2", distinct(number(int, 0, 2**31 - 1)), "of the trainings of each row"),
-    Flag("epochs", config.EPOCHS, number(int, 1, MOST), "of each training"),
+    Flag(
+        "rows",
+        None,
+        distinct(one_of(ROWS)),
+        f"rows to train, of {','.join(ROWS)}; default: all in the paper",
+    ),
+    Flag(
+        "seeds", "0,1,2", distinct(number(int, 0, 2**31 - 1)), "seeds that each row is trained with"
+    ),
+    Flag("epochs", config.EPOCHS, number(int, 1, MOST), "epochs of each training"),
     Flag("dataset", "MNIST", one_of(("MNIST", "multi_MNIST")), "MNIST or multi_MNIST"),
-    Flag("train_size", None, number(int, 1, MOST), "only the first N training images"),
+    Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,
     Flag("output", "runs/table1", path_name, "folder to write to"),
 ]
@@ -60,7 +67,7 @@ def make_network(row, shape, overlap, seed):
         row: key of ROWS.
         shape: (H, W, C) of the images.
         overlap: whether an image shows two digits.
-        seed: of the dropout.
+        seed: seed of the dropout.
     """
     from cnn import CNN
 
@@ -81,7 +88,7 @@ def make_training(row, seed, overlap, epochs, share):
 
     Args:
         row: key of ROWS.
-        seed: of the training.
+        seed: seed of the training.
         overlap: whether an image shows two digits.
         epochs: to train for.
         share: (images trained on, all training images).

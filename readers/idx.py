@@ -32,7 +32,7 @@ def read_idx(path, dataset=None):
     http://yann.lecun.com/exdb/mnist/.
 
     Args:
-        path: of the file.
+        path: path of the file.
         dataset: name of the data set that it belongs to, for the error.
 
     Returns:

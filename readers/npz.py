@@ -9,7 +9,7 @@ from readers.dataset import Dataset
 from utils import NPZ_ERRORS, printable, to_uint8
 
 _MAX_CLASSES = 1000  # more are probably a mistake in the labels
-# What stands for white in whole numbers: bits, sums of 4×4 bits, bytes, 16 bits.
+# Values of white in whole numbers: bits, sums of 4×4 bits, bytes, 16 bits.
 _WHITES = (1, 16, 255, 65535)
 
 
@@ -98,7 +98,7 @@ def _as_bytes(path, x_train, x_test, notes):
             raise UserError(
                 f"{path}: {name} is {images.dtype} from {smallest} to {largest}{there}, so what "
                 "stands for white is unclear, expected uint8, or floats from 0 to 1, or whole "
-                "numbers from 0 to 1, 16, 255 or 65535; divide them by the number for white"
+                "numbers from 0 to 1, 16, 255 or 65535; divide them by the value of white"
             )
         trained = white
         converted.append(_scaled(images, white))
@@ -110,7 +110,7 @@ def _as_bytes(path, x_train, x_test, notes):
 
 
 def _white_of(dtype, largest):
-    """Return the number that stands for white in whole numbers up to `largest`, None if unclear."""
+    """Return the value of white in whole numbers up to `largest`, None if unclear."""
     if dtype.kind == "b" or largest == 1:
         return 1
     if largest == 16:
@@ -151,7 +151,7 @@ def _check_numbers(path, name, images):
     if images.dtype.kind == "f" and 0 < largest < 0.1:
         raise UserError(f"{problem}, {expected}; were they divided by 255 twice?")
     if images.dtype.kind == "f" and largest > 1:
-        raise UserError(f"{problem}, {expected}; divide them by the number that stands for white")
+        raise UserError(f"{problem}, {expected}; divide them by the value of white")
     return smallest, largest
 
 

@@ -271,7 +271,8 @@ def spied(monkeypatch):
 
         monkeypatch.setattr(figures, name, drawing)
 
-    for name in ("save_misclassified", "save_multi", "save_confusion_matrix"):
+    names = "save_misclassified", "save_multi", "save_confusion_matrix", "save_length_histogram"
+    for name in names:
         spy(name)
     return given
 
@@ -314,6 +315,12 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
     assert str(path) == "samples/confusion_matrix.png"
     np.testing.assert_array_equal(matrix, expected)
 
+    path, present_lengths, absent_lengths = spied["save_length_histogram"]
+    assert str(path) == "samples/capsule_lengths.png" and len(absent_lengths) == 1800
+    own = [row[label] for row, label in zip(lengths, few.y_test, strict=True)]
+    np.testing.assert_allclose(present_lengths, own, atol=1e-5)
+    assert absent_lengths.sum() == pytest.approx(lengths.sum() - np.sum(own), rel=1e-4)
+
     written = json.loads((tmp_path / "logs/mnist/test.json").read_text())
     assert (written["wrong"], written["images"]) == (len(wrong), 200)
     assert written["accuracy"] == pytest.approx(1 - len(wrong) / 200)
@@ -346,7 +353,7 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
     }
     assert (
         "Wrote logs/mnist/test.json, logs/mnist/predictions.csv, "
-        "samples/confusion_matrix.png, samples/misclassified.png\n"
+        "samples/confusion_matrix.png, samples/misclassified.png, samples/capsule_lengths.png\n"
     ) in result.out
 
 
@@ -383,6 +390,10 @@ def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, 
         np.testing.assert_allclose(reconstructions[:, place], expected, atol=1e-4)
         other = decode(network, capsules[chosen], labels[chosen, place])
         assert np.abs(expected - other).max() > 0.01
+    _, present_lengths, absent_lengths = spied["save_length_histogram"]
+    assert (len(present_lengths), len(absent_lengths)) == (1200, 4800)
+    own = sum(lengths[np.arange(600), labels[:, place]] for place in (0, 1)).sum()
+    assert present_lengths.sum() == pytest.approx(own, rel=1e-4)
     assert "save_misclassified" not in spied and "save_confusion_matrix" not in spied
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +126,7 @@ def test_the_examining_modes_write_these_files_and_no_others(story):
         *PICTURES,
         "samples/confusion_matrix.png",
         "samples/misclassified.png",
+        "samples/capsule_lengths.png",
         "logs/mnist/test.json",
         "logs/mnist/predictions.csv",
     }
@@ -139,7 +141,7 @@ def test_the_examining_modes_write_these_files_and_no_others(story):
 
 def test_the_pictures_are_png_files_of_a_size_to_look_at(story, pairs):
     paths = [*story.folder.rglob("*.png"), *pairs.folder.rglob("*.png")]
-    assert len(paths) == 12 + 11
+    assert len(paths) == 13 + 12
     for path in paths:
         with Image.open(path) as picture:
             picture.load()
@@ -180,7 +182,7 @@ def test_overlapping_digits_have_folders_and_pictures_of_their_own(pairs):
         f"logs/multi_mnist/test/events.out.tfevents.{name}"
         for name in ("evaluation", "reconstructions", "tweaks")
     }
-    new.add("logs/multi_mnist/predictions.csv")
+    new |= {"logs/multi_mnist/predictions.csv", "samples/capsule_lengths.png"}
     assert pairs.files["examined"] - pairs.files["trained"] == new
     result = json.loads((pairs.folder / "logs/multi_mnist/test.json").read_text())
     assert (result["images"], result["dataset"]) == (200, "multi_mnist")
@@ -478,17 +480,18 @@ def test_the_learning_curves_are_those_of_the_events(tmp_path, monkeypatch, caps
     drawn = []
     monkeypatch.setattr(figures, "save_learning_curves", lambda *args: drawn.append(args))
     path = tmp_path / "curve.png"
-    draw_learning_curves(tmp_path / "logs", path, 5)
+    session = SimpleNamespace(folders=SimpleNamespace(logs=tmp_path / "logs"), name="kmnist")
+    draw_learning_curves(session, path, 5)
     assert drawn == [] and capsys.readouterr().out == ""
     write_curve(tmp_path / "logs/train", [3.0, 2.0, 1.0], [0.25, 0.5, 0.75])
-    draw_learning_curves(tmp_path / "logs", path, 5)
+    draw_learning_curves(session, path, 5)
     write_curve(tmp_path / "logs/validation", [2.5], [0.125])
-    draw_learning_curves(tmp_path / "logs", path, 5)
+    draw_learning_curves(session, path, 5)
     train = {"loss/total": ((1, 2, 3), (3, 2, 1)), "accuracy": ((1, 2, 3), (0.25, 0.5, 0.75))}
     validation = {"loss/total": ((1,), (2.5,)), "accuracy": ((1,), (0.125,))}
     assert drawn == [
-        (path, {"train": train}, 5),
-        (path, {"train": train, "validation": validation}, 5),
+        (path, {"train": train}, 5, "kmnist"),
+        (path, {"train": train, "validation": validation}, 5, "kmnist"),
     ]
     assert capsys.readouterr().out == 2 * f"Wrote {path}\n"
 

@@ -1,4 +1,6 @@
+import errno
 import inspect
+import os
 
 import pytest
 
@@ -94,3 +96,20 @@ def test_all_errors_but_those_of_the_command_line_are_caught_as_user_errors():
 
 def test_pretrained_weights_that_do_not_fit_are_a_network_mismatch():
     assert isinstance(errors.PretrainedMismatch("a", "b"), errors.NetworkMismatch)
+
+
+@pytest.mark.parametrize(
+    "number, helps",
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "make this one writable"),
+        (errno.EROFS, "make this one writable"),
+        (errno.ENOTDIR, "choose another name"),
+        (errno.EIO, ""),
+    ],
+)
+def test_advice_is_for_what_went_wrong_whoever_reports_it(number, helps):
+    tensorflow_error = RuntimeError(f"a/b; {os.strerror(number)} [Op:Save]")
+    for error in OSError(number, "in any words"), tensorflow_error:
+        assert helps in errors.os_advice(error) and bool(errors.os_advice(error)) is bool(helps)
+    assert errors.os_advice(OSError("without a number")) == ""

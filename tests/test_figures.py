@@ -201,6 +201,10 @@ def test_each_example_of_reconstructions_is_a_triple_in_its_place_below_its_capt
         assert lines_above(page, y, x, width, 1) == [(caption, RED if n == 4 else INK)]
         for column, head in enumerate(("input", "with label", "no label")):
             assert head in column_heads(page, x + column * (112 + SEAM) + 56)
+    figures.save_reconstructions(
+        None, *arguments, labels[:, None], labels[:, None], DIGITS, "Some images"
+    )
+    assert pages[-1].title == "Some images"
     for tile in (images[20], with_label[20, 0], without_label[20, 0]):
         assert places(page.contents, tile) == []
 
@@ -266,29 +270,40 @@ def test_no_misclassified_image_is_a_picture_too(tmp_path, pages):
     assert has(picture, INK) and not has(picture, RED)
 
 
-def test_multi_shows_input_both_first_in_red_and_second_in_green(pages):
+ORANGE, BLUE = np.array([255, 140, 0]), np.array([0, 115, 255])
+
+
+def tinted(grey, color):
+    """Return a grey image (H, W, 1) uint8 in a color."""
+    return np.rint(grey.astype(float) * color / 255).astype(np.uint8)
+
+
+def test_multi_shows_input_both_first_in_orange_and_second_in_blue(pages):
     inputs, parts = noise(23).repeat(3, -1), noise(23, 2, seed=1)
     labels = np.stack([np.arange(23) % 10, (np.arange(23) + 3) % 10], axis=1)
     predictions = labels[:, ::-1].copy()
     predictions[5] = labels[5, 0], (labels[5, 1] + 1) % 10
     figures.save_multi(None, "Pairs", inputs, parts / 255, labels, predictions, DIGITS)
     (page,) = pages
-    assert page.title == "Pairs" and "(first red, second green)" in page.note
+    assert page.title == "Pairs" and "(first orange, second blue)" in page.note
     top, left = place(page.contents, inputs[0])
     for n in range(20):
         block = 4 * 112 + 4 * SEAM + 2 * LINE + LINE - SEAM
         y, x = top + n // 10 * block, left + n % 10 * (112 + GAP)
-        zero, (first, second) = np.zeros((28, 28, 1), np.uint8), parts[n]
-        red, green = (first, zero, zero), (zero, second, zero)
-        for row, tile in enumerate((inputs[n], (first, second, zero), red, green)):
-            tile = tile if row == 0 else np.concatenate(tile, axis=-1)
+        # The longest capsules are named in the order of the labels, and so are their images.
+        second, first = parts[n]
+        if n == 5:  # of this pair the first digit is right and already in its place
+            first, second = parts[n]
+        both = np.rint((first.astype(float) * ORANGE + second.astype(float) * BLUE) / 255)
+        shown = inputs[n], both.astype(np.uint8), tinted(first, ORANGE), tinted(second, BLUE)
+        for row, tile in enumerate(shown):
             assert places(page.contents, tile) == [(y + row * (112 + SEAM), x)]
             head = ("input", "both", "first", "second")[row]
             assert row_heads(page, y + row * (112 + SEAM) + 56) == [head]
         color = RED if n == 5 else INK
         captions = [
             (f"L:({labels[n, 0]}, {labels[n, 1]})", color),
-            (f"R:({predictions[n, 0]}, {predictions[n, 1]})", color),
+            (f"R:({labels[n, 0]}, {labels[n, 1] if n != 5 else predictions[5, 1]})", color),
         ]
         assert lines_above(page, y, x, 112, 2) == captions
     assert places(page.contents, inputs[20]) == []
@@ -301,15 +316,31 @@ def test_multi_knows_pairs_in_any_order_and_colors_of_images(pages):
         label, prediction = np.array([[8, 2], [1, 3]]), np.array([[2, 8], guess])
         figures.save_multi(None, "Pairs", inputs, parts, label, prediction, DIGITS)
         colors = {text.text: ImageColor.getrgb(text.color) for text in pages[-1].texts}
-        assert colors["L:(8, 2)"] == colors["R:(2, 8)"] == INK
-        assert colors["L:(1, 3)"] == colors[f"R:({guess[0]}, {guess[1]})"] == color
+        assert colors["L:(8, 2)"] == colors["R:(8, 2)"] == INK
+        named = {(3, 1): "R:(1, 3)", (1, 3): "R:(1, 3)", (3, 3): "R:(3, 3)"}[tuple(guess)]
+        assert colors["L:(1, 3)"] == colors[named] == color
         assert has(pages[-1].pixels, RED) == (color == RED)
-    for channels in ((51, 51, 0), (51, 0, 0), (0, 51, 0)):
+    for channels in ((51, 51, 51), (51, 28, 0), (0, 23, 51)):
         tile = np.broadcast_to(np.uint8(channels), (28, 28, 3))
         assert len(places(pages[-1].contents, tile)) == 2
     figures.save_multi(None, "Pairs", inputs[:1], parts[:1], label[:1], prediction[:1], CLOTHES)
     lines = [text.text for text in pages[-1].texts if text.anchor == "mm"]
-    assert lines == ["L:(Bag,", "Pullover)", "R:(Pullover,", "Bag)"]
+    assert lines == ["L:(Bag,", "Pullover)", "R:(Bag,", "Pullover)"]
+
+
+def lightness(color):
+    """Return the relative luminance of an sRGB color, from 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color / 255]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_the_colors_of_a_pair_are_told_apart_without_red_and_green_and_sum_to_white():
+    first, second = map(np.array, figures.PAIR_COLORS)
+    assert (first + second == 255).all()
+    # Who confuses red and green still sees blue, and how light a color is.
+    assert abs(int(first[2]) - int(second[2])) > 200
+    light, dark = lightness(first) + 0.05, lightness(second) + 0.05
+    assert light / dark > 1.5
 
 
 def test_predictions_are_triples_below_their_captions(pages):
@@ -535,6 +566,39 @@ def test_a_sweep_moves_every_dimension_of_every_digit_to_and_fro(tmp_path, pages
                 assert places(frame, tiles[dim, digit, step], 2) == [expected]
 
 
+def test_a_named_sweep_has_the_original_and_each_column_below_its_caption(tmp_path, pages):
+    originals = np.random.default_rng(1).integers(0, 2, (2, 28, 28, 1), np.uint8) * 255
+    images = np.random.default_rng(0).integers(0, 2, (2, 3, 4, 28, 28, 1))
+    captions = [[(f"{digit}{column}", "dim") for column in range(4)] for digit in "ab"]
+    deltas = -0.25, -0.1, 0, 0.25
+    figures.save_named_sweep(tmp_path / "a.gif", originals, images / 1.0, deltas, captions)
+    changes = [page.title.split("changed by ")[1] for page in pages]
+    assert changes == ["−0.25", "−0.10", "0", "+0.25"]
+    tiles = (images * 255).astype(np.uint8)
+    for step, page in enumerate(pages):
+        for digit, row in enumerate(captions):
+            y = 2 * LINE + digit * (112 + 3 * LINE)
+            for column, (name, dim) in enumerate(row):
+                tile = originals[digit] if column == 0 else tiles[digit, column - 1, step]
+                x = column * (112 + 24)
+                assert places(page.contents, tile) == [(y, x)]
+                assert lines_above(page, y, x, 112, 2) == [(name, INK), (dim, INK)]
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.n_frames == 6 and picture.info["loop"] == 0  # 0 1 2 3 2 1
+        assert picture.size == pages[0].pixels.shape[1::-1]
+
+
+def test_an_overview_of_chosen_dimensions_has_their_names(pages):
+    for names in (None, ["slant (dim 3)", "width (dim 5)"]):
+        figures.save_tweak_overview(None, noise(2, 3), (-0.1, 0, 0.1), "7", names)
+        heads = [row_heads(pages[-1], row * 116 + 56) for row in range(2)]
+        assert heads == [[name] for name in names or ["dim 0", "dim 1"]]
+    assert [page.title.split(" of ")[0] for page in pages] == [
+        "Each dimension",
+        "Chosen dimensions",
+    ]
+
+
 def test_a_sweep_keeps_shades_of_grey(tmp_path):
     shades = np.linspace(0.02, 0.98, 12).reshape(3, 4, 1)
     images = np.broadcast_to(shades[..., None, None, None], (3, 4, 1, 28, 28, 1))
@@ -656,7 +720,7 @@ def test_no_picture_needs_a_display_or_pyplot(tmp_path):
         "figures.save_tweak_overview(sys.argv[1], numpy.zeros((2, 2, 8, 8, 3)), (0, 1), 'x')\n"
         "curve = numpy.arange(1, 9), numpy.full(8, 0.5)\n"
         "curves = {'train': {'loss/total': curve, 'accuracy': curve}}\n"
-        "figures.save_learning_curves(sys.argv[2], curves, 4)\n"
+        "figures.save_learning_curves(sys.argv[2], curves, 4, 'x')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'tensorflow' not in sys.modules\n"
     )
     files = tmp_path / "a.png", tmp_path / "b.png"
@@ -692,24 +756,27 @@ def test_learning_curves_hold_loss_and_error_of_training_and_validation(tmp_path
         "accuracy": (steps[every], accuracy[every] / 2),
     }
     curves = {"train": train, "validation": validation}
-    returned = figures.save_learning_curves(tmp_path / "a.png", curves, 100)
+    returned = figures.save_learning_curves(tmp_path / "a.png", curves, 100, "kmnist")
     np.testing.assert_array_equal(read(tmp_path / "a.png"), returned)
     assert returned.shape == (560, 1400, 3)
     left, right = drawn[0].axes
     assert [panel.get_title("left") for panel in (left, right)] == [
-        "Total loss",
-        "Error, % of images",
+        "Total loss on kmnist",
+        "Error on kmnist, % of images",
     ]
     shown = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in (left,)]
-    assert shown == [["train", "validation"]]
+    assert shown == [["training images", "held-out images"]]
     for panel, training, validating in (
         (left, loss, 2 * loss[every]),
         (right, 100 * (1 - accuracy), 100 * (1 - accuracy[every] / 2)),
     ):
         assert panel.get_yscale() == "log" and panel.get_xlabel() == "epoch"
         first, second = panel.lines
-        assert (first.get_label(), first.get_color()) == ("train", figures.LINE_COLORS[0])
-        assert (second.get_label(), second.get_color()) == ("validation", figures.LINE_COLORS[1])
+        assert (first.get_label(), first.get_color()) == ("training images", figures.LINE_COLORS[0])
+        assert (second.get_label(), second.get_color()) == (
+            "held-out images",
+            figures.LINE_COLORS[1],
+        )
         # 1000 points become the means of 100 times 10.
         np.testing.assert_allclose(first.get_xdata(), np.arange(5.5, 1000, 10) / 100)
         means = [sum(training[n : n + 10]) / 10 for n in range(0, 1000, 10)]
@@ -727,7 +794,7 @@ def test_learning_curves_may_lack_validation_and_have_a_single_point():
         for value in (0.5, 0.4)
     )
     for curves in ({"train": train}, {"train": train, "validation": validation}):
-        picture = figures.save_learning_curves(None, curves, 100)
+        picture = figures.save_learning_curves(None, curves, 100, "x")
         for half in (picture[:, :700], picture[:, 700:]):
             near = [(np.abs(half.astype(int) - color).sum(-1) < 40).any() for color in (blue, red)]
             assert near == [True, "validation" in curves]
@@ -737,11 +804,48 @@ def test_steps_without_any_error_leave_a_gap_in_the_curve(drawn):
     accuracy = np.where(np.arange(240) // 3 % 2, 1.0, 0.8)  # in parts of three steps
     steps = np.arange(1, 241)
     curves = {"train": {"loss/total": (steps, np.ones(240)), "accuracy": (steps, accuracy)}}
-    figures.save_learning_curves(None, curves, 60)
+    figures.save_learning_curves(None, curves, 60, "x")
     (line,) = drawn[0].axes[1].lines
     np.testing.assert_allclose(line.get_xdata(), np.arange(2, 241, 3) / 60)
     np.testing.assert_allclose(line.get_ydata(), [20, np.nan] * 40)
     np.testing.assert_array_equal(accuracy[:6], [0.8, 0.8, 0.8, 1, 1, 1])  # not changed
+
+
+def test_a_histogram_of_lengths_counts_present_and_absent_capsules(tmp_path, drawn):
+    stream = np.random.default_rng(0)
+    present, absent = stream.beta(9, 1, 400), stream.beta(1, 9, 3600)
+    returned = figures.save_length_histogram(tmp_path / "a.png", present, absent)
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), returned)
+    (panel,) = drawn[0].axes
+    assert panel.get_yscale() == "log" and panel.get_xlabel() == "length"
+    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert texts == [
+        *("class absent: 3,600 capsules", "class present: 400 capsules"),
+        "margins of the loss",
+    ]
+    assert [line.get_xdata()[0] for line in panel.lines] == [0.1, 0.9]
+    for patch, values in zip(panel.patches, (absent, present), strict=True):
+        steps = patch.get_xy()
+        for low in range(0, 100, 2):
+            count = sum(low / 100 <= value < low / 100 + 0.02 for value in values)
+            heights = steps[np.isclose(steps[:, 0], low / 100), 1]
+            assert count == 0 or np.isclose(heights, count).any(), low
+
+
+def test_bars_have_their_names_values_and_units_and_the_last_is_the_tools_own(drawn):
+    panels = [("Step", ["a", "b", "here"], [1200, 50.5, 7], "ms"), ("Other", ["c"], [3], "s")]
+    figures.save_bars(None, panels)
+    for panel, (title, names, values, unit) in zip(drawn[0].axes, panels, strict=True):
+        assert (panel.get_title("left"), panel.get_xlabel()) == (title, unit)
+        assert [label.get_text() for label in panel.get_yticklabels()] == names
+        assert [bar.get_width() for bar in panel.patches] == values
+        assert [text.get_text() for text in panel.texts] == [f"{value:,g}" for value in values]
+        bottom, top = panel.get_ylim()
+        assert bottom > top  # the first bar is the upper one
+        *_, last = panel.patches
+        assert tuple(round(255 * c) for c in last.get_facecolor()[:3]) == ImageColor.getrgb(
+            figures.LINE_COLORS[0]
+        )
 
 
 def test_figures_of_the_experiments_have_panels_of_a_common_style(tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up. A module may import modules of lower levels, never of its own or a higher one.
 LEVELS = [
     {"errors", "config", "download"},
-    {"utils"},
+    {"utils", "usage"},
     {"readers"},
     {"datasets"},
     {"runtime", "spectral", "ink", "figures", "input_pipeline"},
@@ -37,7 +37,7 @@ ONLY = {
 # imports them.
 SCRIPTS = {"experiments", "benchmarks"}
 # What may name a flag of the command line. (`download.py` is a command of its own.)
-COMMAND_LINES = {"main", "commands", "experiments", "benchmarks", "tests", "download"}
+COMMAND_LINES = {"main", "usage", "commands", "experiments", "benchmarks", "tests", "download"}
 # Common parts of the standard library that Python 3.10 does not have yet.
 NEWER_THAN_3_10 = {
     "asyncio.TaskGroup",

@@ -79,16 +79,20 @@ def test_help_describes_every_flag_once_with_its_default_and_bounds():
     one_line = " ".join(text.split())
     for line in (
         "--[no]train train, or resume from the last checkpoint",
-        "--batch_size=64 images in a step (1 to 100,000)",
-        "--learning_rate=0.001 initial learning rate (Adam) (1e-09 to 10)",
+        "--batch_size=64 images per step, over all devices --learning_rate=0.001 ",
+        "--learning_rate=0.001 initial learning rate (Adam) --decay_rate",
+        "--routing_iterations=3 iterations of dynamic routing (1 to 100)",
         "--predict=PATTERN ",
         "--export=DIR write",
-        "--logdir=logs of TensorBoard",
+        "--logdir=logs folder for TensorBoard",
         "(default glorot)",
         "--strategy=auto|one|mirrored|multi_worker ",
     ):
         assert line in one_line
     assert not re.search(r" $", text, re.MULTILINE)
+    assert 80 < max(map(len, text.splitlines())) <= 100
+    for example in ("--predict='my/*.png'", "--export=capsnet", "--dataset=photos"):
+        assert re.search(rf"^  python main.py .*{re.escape(example)} ", text, re.MULTILINE)
 
 
 def test_the_defaults_are_those_of_the_paper_and_of_the_recipe():
@@ -223,23 +227,25 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (["--train", "--epochs=3"], "epochs"),
+        (["--train", "--epochs=3"], "--epochs, did you mean --epoch?"),
         (["--train", "--multi_shift=3"], "--multi_MNIST"),
         (["--train", "--multi_MNIST", "--multi_shift=9"], "0 to 8"),
         (["--train", "--multi_MNIST", "--recipe=long"], "--recipe=long"),
         (["--train", "--variant=x"], "variant"),
-        (["--train", "--learning_rat", "0.1"], "learning_rat"),
+        (["--train", "--learning_rat", "0.1"], "did you mean --learning_rate?"),
         (["--train", "False"], "'False'"),
-        (["train"], "'train'"),
+        (["train"], "'train', did you mean --train?"),
         (["--train", "--", "x"], "'x'"),
-        (["--train=maybe"], "maybe"),
+        (["--train=maybe"], "--train=maybe: expected True or False; see --help"),
+        (["--train", "--epoch=ten"], "--epoch=ten: expected a whole number; see --help"),
+        (["--train", "--epoch=1000001"], "at most 1,000,000"),
         (["--notrain=True"], "train"),
         (["--train", "--epoch=0"], "--epoch=0"),
         (["--train", "--epoch=-1"], "--epoch=-1"),
         (["--train", "--epoch=1.5"], "1.5"),
         (["--train", "--epoch="], "epoch"),
         (["--train", "--epoch"], "epoch"),
-        (["--train", "--batch_size=0"], "1 to"),
+        (["--train", "--batch_size=0"], "at least 1"),
         (["--train", "--learning_rate=nan"], "--learning_rate=nan"),
         (["--train", "--learning_rate=inf"], "--learning_rate=inf"),
         (["--train", "--learning_rate=0"], "--learning_rate=0"),
@@ -260,9 +266,9 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
         (["--train", f"--export={os.fsdecode(b'x' + bytes([255]))}"], "is not in UTF-8"),
         (["--train", "--conv=fft"], "dft"),
         (["--train", "--logdir="], "--logdir is empty"),
-        (["--train", "--logdir=./checkpoint"], "the same"),
-        (["--train", "--val_checkpoint_dir=logs"], "the same"),
-        (["--train", "--multi_MNIST", "--multi_checkpoint_dir=logs"], "the same"),
+        (["--train", "--logdir=./checkpoint"], "--checkpoint_dir and --logdir must differ"),
+        (["--train", "--val_checkpoint_dir=logs"], "--val_checkpoint_dir and --logdir must"),
+        (["--train", "--multi_MNIST", "--multi_checkpoint_dir=logs"], "must differ"),
         (["--test", "--restart"], "needs --train"),
         (["--restart"], "needs --train"),
         (["--test", "--multi_test_pairs=2"], "needs --multi_MNIST"),
@@ -419,8 +425,13 @@ def test_tensorflow_says_less_where_all_workers_would_repeat_it(
         (
             OSError(28, "No space left on device", "logs"),
             1,
-            "main.py: logs: No space left on device; choose another folder, or make this one "
-            "writable",
+            "main.py: logs: No space left on device; free some space, or choose a folder on "
+            "another disk",
+        ),
+        (
+            OSError(13, "Permission denied", "logs"),
+            1,
+            "main.py: logs: Permission denied; choose another folder, or make this one writable",
         ),
         (
             MemoryError(),

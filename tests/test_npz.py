@@ -213,7 +213,7 @@ def test_test_images_of_another_range_than_the_training_images_are_refused(tmp_p
         ((BYTES - 128.0) / 60, "if the images were standardized, undo that"),
         (np.where(BYTES > 250, np.nan, BYTES / 255), "NaN or infinite"),
         (np.where(BYTES > 250, np.inf, BYTES / 255), "numpy.nan_to_num(x_train)"),
-        (BYTES.astype(float), "divide them by the number that stands for white"),
+        (BYTES.astype(float), "divide them by the value of white"),
         (BYTES.astype(complex), "complex128, expected uint8, or floats from 0 to 1"),
         (BYTES[:, None].repeat(3, 1).repeat(2, 2).repeat(2, 3), "numpy.moveaxis(x_train, 1, -1)"),
         (BYTES.reshape(12, 16)[:, :15], "for square images, (N, H * W)"),

@@ -571,6 +571,7 @@ def test_the_reason_of_a_tensorflow_error_is_one_line_without_names_of_its_graph
 
 
 SAVED = "; earlier checkpoints are unchanged"
+FULL = "free some space, or choose a folder on another disk"
 LOST = (
     "another worker stopped or cannot be reached; start all workers again, they resume from the "
     "last checkpoint"
@@ -591,12 +592,12 @@ LOST = (
         (
             OSError(28, "No space left on device"),
             "",
-            "No space left on device; choose another folder, or make this one writable",
+            "No space left on device; " + FULL,
         ),
         (
             OSError("something else"),
             "",
-            "something else; choose another folder, or make this one writable",
+            "something else",
         ),
         (MemoryError(), "", "out of memory; try a smaller batch or network"),
         (MemoryError(), "try this", "out of memory; try this"),
@@ -608,7 +609,7 @@ LOST = (
         (
             tensorflow_error(tf.errors.ResourceExhaustedError, "a; No space left on device"),
             "",
-            "a; No space left on device" + SAVED,
+            "a; No space left on device; " + FULL + SAVED,
         ),
         (tensorflow_error(tf.errors.UnavailableError, "a socket"), "", "a socket" + SAVED),
     ],

@@ -99,7 +99,7 @@ def test_an_operating_system_error_becomes_a_user_error_with_path_and_reason(tmp
         with pytest.raises(UserError) as error, utils.atomic_path(target) as temporary:
             temporary.write_text("x")
         assert f"cannot write {target}: [Errno" in one_line(error)
-    full = pytest.raises(UserError, match="full.txt: .*No space left on device")
+    full = pytest.raises(UserError, match="full.txt: .*No space left on device; free some")
     with full, utils.atomic_path(tmp_path / "full.txt") as temporary:
         temporary.write_text("as far as it g")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
+from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
 from runtime import reason
 from training.step import OPTIMIZER_NAME
 
@@ -37,7 +37,7 @@ class Checkpoints:
     """The checkpoints of a training in one folder. Nothing is on disk before `prepare` or `save`.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         network: see `training.trainer`.
         optimizer: Keras optimizer, built.
         n_sums: number of sums in a RunState.
@@ -65,7 +65,7 @@ class Checkpoints:
         """Create the folder, and delete what a kill or damage left after an intact checkpoint.
 
         Args:
-            intact_step: of the newest intact checkpoint, None if there is none.
+            intact_step: step of the newest intact checkpoint, None if there is none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = saved_steps(self.folder)
@@ -106,9 +106,10 @@ class Checkpoints:
                 for path in self.folder.glob(f"ckpt-{step}.*"):
                     path.unlink()
         except (tf.errors.OpError, OSError) as error:
+            helps = f"{os_advice(error)}; " if os_advice(error) else ""
             raise UserError(
-                f"cannot save to {self.folder}: {reason(error)}; the checkpoints there are "
-                "intact: free disk space and run the same command again"
+                f"cannot save to {self.folder}: {reason(error)}; {helps}the checkpoints there are "
+                "intact: the same command resumes from them"
             ) from error
 
     def _write_list(self, steps):
@@ -235,10 +236,10 @@ def check_shapes(reader, variables, folder, step):
     """Check that a checkpoint has these variables, in their shapes.
 
     Args:
-        reader: of the checkpoint.
+        reader: reader of the checkpoint.
         variables: dict of name to variable, or of group to such a dict.
-        folder: of the checkpoints.
-        step: of the checkpoint.
+        folder: folder of the checkpoints.
+        step: step of the checkpoint.
 
     Returns:
         The keys of the variables in the checkpoint.
@@ -272,8 +273,8 @@ def restore(variables, folder, step, checkpoint=None):
 
     Args:
         variables: as in `check_shapes`.
-        folder: of the checkpoints.
-        step: of the checkpoint.
+        folder: folder of the checkpoints.
+        step: step of the checkpoint.
         checkpoint: tf.train.Checkpoint of the variables, if there is one.
 
     Raises:
@@ -290,7 +291,7 @@ def newest_intact(folder, read, report):
     """Read the newest intact checkpoint of a folder.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         read: function of a step; raises DAMAGE if that checkpoint is damaged.
         report: takes a line of text for the user.
 
@@ -349,7 +350,7 @@ def load_weights(network, folder, report):
 
     Args:
         network: see `training.trainer`.
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         report: takes a line of text for the user.
 
     Returns:

@@ -13,7 +13,7 @@ class EventLog:
     """The event files of a training, in the folders `train` and `validation`.
 
     Args:
-        folder: of the run; None writes nothing.
+        folder: folder of the run; None writes nothing.
         step: the step from which training resumes, 0 at its start. Events after it are dropped.
         validation: whether there is a validation.
     """

@@ -83,7 +83,7 @@ def claim(folder, checkpoints):
     """Note in a folder which run writes to it.
 
     Args:
-        folder: of events or of the best weights.
+        folder: folder of events or of the best weights.
         checkpoints: folder of the run's checkpoints.
 
     Raises:

@@ -8,7 +8,7 @@ class Interrupted(Exception):
     """A signal asked the training to stop, and its state is saved.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number):
@@ -23,7 +23,7 @@ class StopSignal:
     that could have noticed it.
 
     Attributes:
-        number: of the signal, None until one comes.
+        number: number of the signal, None until one comes.
     """
 
     def __init__(self):

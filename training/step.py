@@ -48,7 +48,7 @@ def compile_step(network, optimizer, config, strategy, jit):
 
     Args:
         network: see `training.trainer`.
-        optimizer: of `make_optimizer`.
+        optimizer: optimizer from `make_optimizer`.
         config: TrainingConfig.
         strategy: tf.distribute.Strategy in whose scope both were created.
         jit: whether XLA compiles the step.

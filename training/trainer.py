@@ -62,7 +62,7 @@ class Trainer:
 
     Attributes:
         state: RunState.
-        resumed_step: of the checkpoint that training resumed from, None at the start of a run.
+        resumed_step: step of the checkpoint that training resumed from, None at the start of a run.
         train_step: takes a batch, see `training.step.compile_step`.
         evaluator: Evaluator, None without `validation`.
         checkpoints: Checkpoints of the last steps.

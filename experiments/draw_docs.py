@@ -1,0 +1,302 @@
+"""The pictures of the documentation, drawn again.
+
+    python experiments/draw_docs.py
+
+Draws what the weights that come with the program give (all 10,000 test images are tested), and what
+results/experiments and the tables of docs/performance.md hold. Runs docs/tour.ipynb and saves it
+with its outputs. The learning curve, overlapping
+digits and TensorBoard need whole trainings; docs/results.md has their commands.
+
+A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
+of the ink are measured in the reconstructions while one dimension is changed. A name goes to the
+dimension that changes this property much, compared with how much it differs between test digits of
+the class, and the others little, as long as the network still reads the digit. The digits shown are
+those whose dimensions fit their names best.
+"""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from command_line import DATA_DIR, Flag, path_name, run_script
+
+import datasets
+import figures
+import runtime
+import utils
+from errors import UserError
+
+SHOWN = 3  # digits in the animation
+PROPERTIES = ("slant", "thickness", "width", "height", "position")
+RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
+MEASURED = 300  # test digits of a class, for the spread of a property
+COPIED = ("confusion_matrix.png", "misclassified.png", "capsule_lengths.png", "predictions.png")
+TOUR = runtime.ROOT / "docs" / "tour.ipynb"
+RESULTS = runtime.ROOT / "results" / "experiments"
+FLAGS = [
+    Flag("output", str(runtime.ROOT / "assets"), path_name, "folder to write to"),
+    DATA_DIR,
+]
+
+
+# --- Properties of ink ----------------------------------------------------------------------------
+
+
+def measure(images):
+    """Measure the properties of the ink of images.
+
+    Args:
+        images: (..., H, W), light ink on a dark ground.
+
+    Returns:
+        (..., 5), in the order of PROPERTIES: the shear, positive if the upper end leans to the
+        right; the mean width of the strokes in pixels; the standard deviations of the ink across,
+        without the slant, and down; its mean place across.
+    """
+    images = np.asarray(images, np.float64)
+    y, x = np.mgrid[: images.shape[-2], : images.shape[-1]]
+    total = images.sum((-1, -2)) + 1e-9
+
+    def mean(values):
+        return (images * values).sum((-1, -2)) / total
+
+    place = mean(x)
+    dy, dx = y - mean(y)[..., None, None], x - place[..., None, None]
+    down, across, both = mean(dy * dy) + 1e-9, mean(dx * dx), mean(dy * dx)
+    # A stroke of width w and length n has n * w ink and edges of 2 * n.
+    edges = sum(np.abs(np.diff(images, axis=axis)).sum((-1, -2)) for axis in (-1, -2))
+    width = np.sqrt(np.maximum(across - both**2 / down, 0))
+    parts = -both / down, 2 * total / (edges + 1e-9), width, np.sqrt(down), place
+    return np.stack(parts, axis=-1)
+
+
+def name_dimensions(swept, spread, legible):
+    """Find the dimension of a capsule for each property.
+
+    Args:
+        swept: (dims, steps, H, W), reconstructions while each dimension is changed.
+        spread: (5,), how much each property differs between images of the class.
+        legible: (dims,), whether the digit can be read however the dimension is changed; another
+            one gets no name if there are enough.
+
+    Returns:
+        A different dimension for each of PROPERTIES, and how well the worst of them fits its name.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    measured = measure(swept)
+    change = (measured[:, -1] - measured[:, 0]) / spread  # (dims, 5)
+    # Large if a dimension changes this property much and the others little.
+    score = change**2 / (np.linalg.norm(change, axis=1, keepdims=True) + 1e-9)
+    score[~legible] = 0
+    dimensions, properties = linear_sum_assignment(-score)
+    return dimensions[np.argsort(properties)], score[dimensions, properties].min()
+
+
+def spread_of(images):
+    """Return how much each property differs between images (N, H, W) of a class that are shifted.
+
+    MNIST's digits are centered; those of a training are shifted by whole pixels, from -2 to 2.
+    """
+    shifts = np.array([0, 0, 0, 0, np.var(np.arange(-2, 3))])
+    return np.sqrt(measure(images).var(axis=0) + shifts)
+
+
+# --- Pictures of the pretrained network -----------------------------------------------------------
+
+
+def draw_capsules(network, mnist, output):
+    """Draw digits with the named dimensions of their capsules changed; return the files."""
+    from model import TWEAKS
+
+    classes = np.arange(len(mnist.class_names))
+    numbers = np.array([np.flatnonzero(mnist.y_test == digit)[0] for digit in classes])
+    _, capsules = network(mnist.x_test[numbers] / np.float32(255))
+    swept = network.tweak(np.asarray(capsules), classes)  # (D, digits, S, H, W, 1)
+    lengths, _ = network(swept[:, :, [0, -1]].reshape(-1, *swept.shape[3:]))
+    read = np.argmax(lengths, axis=1).reshape(len(swept), len(classes), 2)
+    legible = (read == classes[:, None]).all(axis=-1)  # (D, digits)
+    named, fits = [], []
+    for digit in classes:
+        examples = mnist.x_test[mnist.y_test == digit][:MEASURED, ..., 0] / 255
+        arguments = swept[:, digit, ..., 0], spread_of(examples), legible[:, digit]
+        dimensions, fit = name_dimensions(*arguments)
+        named.append(dimensions)
+        fits.append(fit)
+    best = np.argsort(fits)[::-1]
+    shown = np.sort(best[:SHOWN])
+    captions = [
+        [
+            ("original", f"no. {numbers[digit]}"),
+            *((name, f"dim {dim}") for name, dim in zip(PROPERTIES, named[digit], strict=True)),
+        ]
+        for digit in shown
+    ]
+    columns = np.stack([swept[named[digit], digit] for digit in shown])
+    originals = mnist.x_test[numbers[shown]]
+    figures.save_named_sweep(output / "sweep.gif", originals, columns, TWEAKS, captions)
+    first = best[0]
+    rows = [f"{name} (dim {d})" for name, d in zip(PROPERTIES, named[first], strict=True)]
+    arguments = swept[named[first], first], TWEAKS, mnist.class_names[first], rows
+    figures.save_tweak_overview(output / "overview.png", *arguments)
+    return [output / "sweep.gif", output / "overview.png"]
+
+
+def test_network(data_dir, output):
+    """Test the pretrained network with main.py and keep its pictures.
+
+    Returns:
+        The files, and the numbers of the test images that are wrong.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--test", "--pretrained", "--predict=assets/digits/*.png"]
+        words += [
+            f"--data_dir={Path(data_dir).resolve()}",
+            f"--sample_dir={folder}",
+            f"--logdir={folder}/logs",
+        ]
+        done = subprocess.run([sys.executable, "main.py", *words], cwd=runtime.ROOT)
+        if done.returncode:
+            raise UserError("main.py --test --pretrained failed, its message is above")
+        for name in COPIED:
+            shutil.copy(Path(folder, name), output / name)
+        table = Path(folder, "logs", "mnist_pretrained", "predictions.csv")
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    wrong = [int(row["number"]) for row in rows if row["label"] != row["prediction"]]
+    return [output / name for name in COPIED], wrong
+
+
+def draw_reconstructions(network, mnist, wrong, path):
+    """Draw the first right test images and the first wrong ones with their reconstructions."""
+    import model
+
+    right = [number for number in range(len(mnist.y_test)) if number not in set(wrong)][:RIGHT]
+    chosen = right + wrong[:WRONG]
+    labels = mnist.y_test[chosen][:, None].astype(np.int32)
+    shift = np.zeros((len(chosen), 1, 2), np.int32)
+    batch = mnist.x_test[chosen][:, None], shift, labels, np.ones(len(chosen), np.float32)
+    outputs = model.Outputs(*(np.asarray(value) for value in network.outputs(batch)))
+    title = f"Reconstructions of the first {len(right)} right and {len(chosen) - len(right)} wrong"
+    figures.save_reconstructions(
+        path,
+        outputs.canvas,
+        outputs.with_label,
+        outputs.without_label,
+        labels,
+        outputs.predictions,
+        mnist.class_names,
+        f"{title} test images",
+    )
+
+
+# --- The tour -------------------------------------------------------------------------------------
+
+
+def run_tour(path):
+    """Run a notebook and return it with its outputs, without traces of the run.
+
+    It runs without ipywidgets: sliders only work while it runs, a saved picture remains.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    without = nbformat.v4.new_code_cell("import sys\nsys.modules['ipywidgets'] = None")
+    notebook.cells.insert(0, without)
+    place = {"metadata": {"path": str(Path(path).parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
+    notebook.cells.pop(0)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        cell.execution_count, cell.metadata = number, {}  # without the times
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def save_tour(path):
+    """Run the notebook and write it with its outputs."""
+    import nbformat
+
+    text = nbformat.writes(run_tour(path))
+    with utils.atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+# --- Pictures of results --------------------------------------------------------------------------
+
+
+def read_table(text, beginning):
+    """Return the rows of a Markdown table as dicts, by the beginning of its first line."""
+    lines = text[text.index(beginning) :].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def draw_speed(page, path):
+    """Draw the tables of docs/performance.md that compare this tool with others as bars."""
+    text = page.read_text(encoding="utf-8")
+    try:
+        direct = read_table(text, "| formulation, batch 64 |")
+        torch = read_table(text, "| | PyTorch ms |")
+    except ValueError:
+        raise UserError(f"{page} lacks a table to draw, expected both comparisons") from None
+    names = [re.sub(r"(:|,) ", r"\1\n", row["formulation, batch 64"]) for row in direct]
+    panels = [("Training step", names, [_number(r["train ms/step"]) for r in direct], "ms")]
+    for row in torch:
+        values = [_number(row["PyTorch ms"]), _number(row["this tool ms"])]
+        title = f"{row[''].capitalize()}"
+        panels.append((title, ["PyTorch", "this tool"], values, "ms"))
+    figures.save_bars(path, panels)
+
+
+def _number(cell):
+    return float(cell.replace(",", ""))
+
+
+def draw_results(output):
+    """Draw the results of the experiments and of the benchmarks; return the files."""
+    import affine
+    import routing
+
+    outcomes = json.loads((RESULTS / "affine.json").read_text())
+    affine.draw(output / "affine.png", outcomes)
+    watched = json.loads((RESULTS / "routing.json").read_text())
+    routing.draw(output / "routing.png", watched["changes"], watched["entropies_bits"])
+    draw_speed(runtime.ROOT / "docs" / "performance.md", output / "speed.png")
+    return [output / f"{name}.png" for name in ("affine", "routing", "speed")]
+
+
+def draw_all(flags):
+    """Draw all pictures."""
+    import routing
+
+    output = Path(flags.output)
+    output.mkdir(parents=True, exist_ok=True)
+    runtime.say_written(draw_results(output))
+    mnist = datasets.load_dataset("mnist", flags.data_dir)
+    network, _ = routing.load_network(mnist.x_test.shape[1:], None)
+    runtime.say_written(draw_capsules(network, mnist, output))
+    files, wrong = test_network(flags.data_dir, output)
+    draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
+    runtime.say_written([*files, output / "reconstruction.png"])
+    save_tour(TOUR)
+    runtime.say_written([TOUR])
+
+
+def main(argv):
+    """Run a command line and return its exit code."""
+    return run_script(argv, __doc__, FLAGS, draw_all)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
