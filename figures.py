@@ -580,7 +580,8 @@ def new_figure(panels, width=7, **kwargs):
 
 def label_panel(panel, title, xlabel=None):
     """Give a panel its title, the label of its horizontal axis, and the common style."""
-    panel.set_title(title, fontsize=9, fontweight="bold", loc="left", color=_INK)
+    style = {"fontsize": 9, "fontweight": "bold", "loc": "left", "color": _INK}
+    panel.set_title(title, **style, parse_math=False)  # a name may have dollar signs
     panel.set_xlabel(xlabel, fontsize=7)
     panel.tick_params(which="both", labelsize=6, color=_FAINT)
     panel.grid(color=_GREY, lw=0.6)
@@ -628,6 +629,8 @@ def save_learning_curves(path, curves, steps_per_epoch, dataset):
             style = {"color": color, "lw": 1.2, "marker": marker, "ms": 2.5}
             label = _SPLIT_NAMES.get(name, name)
             panel.plot(steps / steps_per_epoch, shown, label=label, **style)
+    if not _characters().issuperset(map(ord, dataset)):
+        dataset = "the data set"
     titles = f"Total loss on {dataset}", f"Error on {dataset}, % of images"
     for panel, title in zip(panels, titles, strict=True):
         panel.set_yscale("log")

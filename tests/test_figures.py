@@ -873,6 +873,25 @@ def test_a_class_whose_name_the_font_lacks_is_drawn_by_its_number():
         assert any(bytes(font.getmask(c)) == box for c in name) == (name != shown)
 
 
+@pytest.mark.parametrize("name, shown", [("a$b$_{", "a$b$_{"), ("猫", "the data set")])
+def test_learning_curves_are_drawn_whatever_the_name_of_the_data_set(
+    monkeypatch, recwarn, name, shown
+):
+    titles = []
+    save = figures.save_figure
+    monkeypatch.setattr(
+        figures,
+        "save_figure",
+        lambda path, figure: (
+            titles.extend(panel.get_title("left") for panel in figure.axes) or save(path, figure)
+        ),
+    )
+    curves = {"train": {"loss/total": ([1, 2], [0.5, 0.4]), "accuracy": ([1, 2], [0.1, 0.2])}}
+    figures.save_learning_curves(None, curves, 2, name)
+    assert titles == [f"Total loss on {shown}", f"Error on {shown}, % of images"]
+    assert not recwarn.list
+
+
 def test_a_caption_with_the_bytes_of_an_odd_file_name_is_drawn():
     tile = np.zeros((1, 1, 1, 28, 28, 1), np.uint8)
     for name in (os.fsdecode(b"\xff\xfe.png"), "a\nb"):
