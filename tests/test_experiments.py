@@ -285,6 +285,10 @@ def test_a_baseline_learns_stops_at_its_goal_and_is_not_trained_twice(
     monkeypatch.setattr(Trainer, "fit", fit_and_record)
     assert run(1.1, 2)[0]["trained_epochs"] == 2
     assert epochs == [1.5, 2]  # resumed after the first epoch
+    for result in tmp_path.glob("a_*/result.json"):  # as if interrupted before it was written
+        if json.loads(result.read_text())["trained_epochs"] == 2:
+            result.unlink()
+    assert run(1.1, 1)[0]["trained_epochs"] == 2 and epochs == [1.5, 2]
     monkeypatch.setattr(Trainer, "fit", None)
     assert run() == (first, folder) and run(0.2) == (low, other)
     assert run(1.1, 2)[0]["trained_epochs"] == run(1.1, 1)[0]["trained_epochs"] == 2

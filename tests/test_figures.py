@@ -873,6 +873,17 @@ def test_a_class_whose_name_the_font_lacks_is_drawn_by_its_number():
         assert any(bytes(font.getmask(c)) == box for c in name) == (name != shown)
 
 
+def test_a_page_is_as_large_as_the_texts_around_its_pixels_need():
+    lines = {"g": (20, 300), "M": (-150, 10), "W": (400, 10)}  # below, left, right of the pixels
+    texts = [figures._fit(x, y, text, color="#ff0000") for text, (x, y) in lines.items()]
+    page = figures._save_page(None, "t", "n", np.zeros((50, 60, 3), np.uint8), texts)
+    red = (page[..., 0] > 200) & (page[..., 1] < 100)
+    rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
+    assert figures._MARGIN <= page.shape[0] - rows[-1] - 1 <= figures._MARGIN + figures._LINE
+    for free in columns[0], page.shape[1] - columns[-1] - 1:
+        assert figures._MARGIN - 2 <= free <= figures._MARGIN + 8
+
+
 @pytest.mark.parametrize("name, shown", [("a$b$_{", "a$b$_{"), ("猫", "the data set")])
 def test_learning_curves_are_drawn_whatever_the_name_of_the_data_set(
     monkeypatch, recwarn, name, shown
