@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -282,4 +283,5 @@ def test_the_tour_runs_and_was_saved_with_the_outputs_of_these_weights():
     assert sum(pictures for _, pictures in texts_of(saved)) == 5
     assert [cell.source for cell in run.cells] == [cell.source for cell in saved.cells]
     text = draw_docs.TOUR.read_text(encoding="utf-8")
-    assert len(text) < 2e6 and str(Path.home()) not in text and str(ROOT) not in text
+    assert len(text) < 2e6
+    assert not re.search(r"site-packages|/(home|root|tmp|work|Users)/", text)  # of no machine
