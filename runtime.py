@@ -25,6 +25,8 @@ CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+# What a processor multiplies bfloat16 with, by its flag in Linux's /proc/cpuinfo.
+BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 
 # --- TensorFlow -----------------------------------------------------------------------------------
@@ -144,6 +146,15 @@ def processor():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
     return name
+
+
+def bfloat16_units():
+    """Return the names of the processor's units that multiply bfloat16; none outside Linux."""
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        words = flags[1].split() if flags else ()
+        return [name for flag, name in BFLOAT16_UNITS.items() if flag in words]
+    return []
 
 
 def machine():

@@ -1,14 +1,19 @@
-"""This tool against a plain PyTorch CapsNet: same network, loss and optimizer.
+"""This tool against PyTorch, plain and as fast as its options make it: same network and optimizer.
 
     pip install torch
-    python benchmarks/pytorch_baseline.py [--rounds=7] [--steps=5] [--batch_size=64]
+    python benchmarks/pytorch_baseline.py [--rounds=5] [--steps=3] [--batch_size=64]
 
-Each runs in its own process with its default settings. They take turns, and the ratio is the median
-over the rounds of the ratios within a round. Training is with data deformation.
+Each runs in a process of its own, and they take turns. A ratio is the median over the rounds of the
+ratios within a round. Training is with data deformation. bfloat16 is measured on processors that
+have units for it, torch.compile where there is a C++ compiler.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import os
+import resource
+import shutil
 import sys
 
 import numpy as np
@@ -20,89 +25,69 @@ import runtime
 
 PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
-HEADER = ["", "PyTorch ms", "this tool ms", "ratio (median)", "ratios"]
+# The names of the options of `pytorch_capsnet.Options`, by what they are together.
+PLAIN = "PyTorch, plain"
+FAST = ("channels_last", "einsum")
+PYTORCH = {
+    PLAIN: (),
+    "PyTorch, channels_last": ("channels_last",),
+    "PyTorch, channels_last, einsum": FAST,
+    "PyTorch, channels_last, einsum, torch.compile": (*FAST, "compiled"),
+    "PyTorch, channels_last, einsum, bfloat16": (*FAST, "bfloat16"),
+    "PyTorch, channels_last, einsum, bfloat16, torch.compile": (*FAST, "bfloat16", "compiled"),
+}
+THIS_TOOL = {"this tool, float32": "float32", "this tool, mixed_bfloat16": "mixed_bfloat16"}
 CALLS = {}  # of this process: what to time, by name
 
 
-def pytorch(batch_size):
-    """Return calls that train one step and classify one batch, in PyTorch as people write it."""
+def contestants(bfloat16, compiler):
+    """Return what can be measured on this machine.
+
+    Args:
+        bfloat16: whether the processor has units for it.
+        compiler: whether there is a C++ compiler.
+
+    Returns:
+        The options of PyTorch and the precisions of this tool, both by name.
+    """
+    lacking = {"bfloat16": not bfloat16, "compiled": not compiler}
+    pytorch_options = {
+        name: options
+        for name, options in PYTORCH.items()
+        if not any(lacking.get(option) for option in options)
+    }
+    precisions = {
+        name: precision
+        for name, precision in THIS_TOOL.items()
+        if bfloat16 or precision == "float32"
+    }
+    return pytorch_options, precisions
+
+
+def pytorch(options, batch_size):
+    """Return calls that train one step and classify one batch, in PyTorch.
+
+    Args:
+        options: names of fields of `pytorch_capsnet.Options`.
+        batch_size: images in a step.
+    """
+    import pytorch_capsnet
     import torch
-    import torch.nn.functional as F  # noqa: N812 - as everybody writes it
-    from torch import nn
 
-    def squash(s):
-        squared = (s**2).sum(-1, keepdim=True)
-        return squared / (1 + squared) * s / torch.sqrt(squared + 1e-9)
-
-    class CapsNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(1, 256, 9)
-            self.primary = nn.Conv2d(256, 256, 9, stride=2)
-            self.W = nn.Parameter(0.1 * torch.randn(1, 1152, 10, 16, 8))
-            self.decoder = nn.Sequential(
-                nn.Linear(160, 512),
-                nn.ReLU(),
-                nn.Linear(512, 1024),
-                nn.ReLU(),
-                nn.Linear(1024, 784),
-                nn.Sigmoid(),
-            )
-
-        def forward(self, x):
-            u = self.primary(F.relu(self.conv1(x))).view(-1, 32, 8, 36)
-            u = squash(u.permute(0, 1, 3, 2).reshape(-1, 1152, 8))
-            u_hat = (self.W @ u[:, :, None, :, None]).squeeze(-1)
-            b = torch.zeros(x.shape[0], 1152, 10)
-            for r in range(3):
-                v = squash((F.softmax(b, dim=2)[..., None] * u_hat).sum(dim=1))
-                if r < 2:
-                    b = b + (u_hat * v[:, None]).sum(-1)
-            return v
-
-    network = CapsNet()
+    network = pytorch_capsnet.CapsNet(pytorch_capsnet.Options(**dict.fromkeys(options, True)))
     check_size(sum(p.numel() for p in network.parameters()))
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
     dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
     images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
-    labels = F.one_hot(torch.tensor(dataset.y_train[:batch_size]).long(), 10).float()
-
-    def shifted(images):
-        padded, moves = F.pad(images, (2, 2, 2, 2)), torch.randint(0, 5, (len(images), 2))
-        return torch.stack(
-            [
-                image[:, y : y + 28, x : x + 28]
-                for image, (y, x) in zip(padded, moves.tolist(), strict=True)
-            ]
-        )
-
-    def train():
-        x = shifted(images)
-        v = network(x)
-        length = v.norm(dim=-1)
-        margin = (
-            (labels * F.relu(0.9 - length) ** 2 + 0.5 * (1 - labels) * F.relu(length - 0.1) ** 2)
-            .sum(1)
-            .mean()
-        )
-        y = network.decoder((v * labels[..., None]).reshape(-1, 160))
-        loss = margin + 0.0005 * ((y - x.view(-1, 784)) ** 2).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    @torch.no_grad()
-    def infer():
-        return network(images).norm(dim=-1).numpy()
-
+    labels = torch.eye(timing.CLASSES)[torch.tensor(dataset.y_train[:batch_size]).long()]
+    train, infer = pytorch_capsnet.make_calls(network, images, labels)
     return {TRAIN: train, INFER: infer}
 
 
-def this_tool(batch_size):
+def this_tool(precision, batch_size):
     """Return calls that train one step and classify one batch with this tool."""
     runtime.start_tensorflow()
-    trainer = timing.make_trainer(timing.load_digits(batch_size), batch_size)
+    data = timing.load_digits(batch_size)
+    trainer = timing.make_trainer(data, batch_size, precision=precision)
     batch = timing.first_batch(trainer)
     check_size(trainer.network.count_params())
     return {
@@ -117,9 +102,9 @@ def check_size(parameters):
         raise RuntimeError(f"{parameters:,} parameters, expected {PARAMETERS:,}")
 
 
-def prepare(make, batch_size):
+def prepare(make, *arguments):
     """Make what this process times."""
-    CALLS.update(make(batch_size))
+    CALLS.update(make(*arguments))
 
 
 def measure(name, steps):
@@ -127,40 +112,102 @@ def measure(name, steps):
     return timing.milliseconds(CALLS[name], steps)
 
 
+def peak_memory():
+    """Return the most memory that this process had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def compare(flags):
-    """Let both take turns and print the table."""
+    """Let all take turns and print the tables."""
     if not importlib.util.find_spec("torch"):
         raise errors.UserError(
             "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
-    with (
-        timing.new_process(prepare, (pytorch, flags.batch_size)) as baseline,
-        timing.new_process(prepare, (this_tool, flags.batch_size)) as tool,
-    ):
-        times = {TRAIN: [], INFER: []}  # (PyTorch, this tool) in each round
-        for _ in range(flags.rounds):
-            for name, pairs in times.items():
-                processes = (baseline, tool)
-                pairs.append([p.submit(measure, name, flags.steps).result() for p in processes])
+    units, compiler = runtime.bfloat16_units(), find_compiler()
+    options, precisions = contestants(bool(units), bool(compiler))
+    times, memory = take_turns(options, precisions, flags)
     version = importlib.metadata.version("torch")
-    print(
-        f"{timing.machine()}, PyTorch {version}; batch {flags.batch_size}, {flags.rounds} rounds\n"
-    )
-    timing.print_table(HEADER, [row(name, np.array(pairs)) for name, pairs in times.items()])
+    print(f"{timing.machine()}, PyTorch {version}")
+    print(f"Batch {flags.batch_size}, {flags.rounds} rounds.")
+    if not units:
+        print("bfloat16 is not measured: the processor has no units for it.")
+    if not compiler:
+        print("torch.compile is not measured: there is no C++ compiler (g++, clang++ or $CXX).")
+    print()
+    for name, milliseconds in times.items():
+        header = [f"{name}, batch {flags.batch_size}", "ms", *rivals(milliseconds), "peak MB"]
+        timing.print_table(header, rows(milliseconds, memory))
 
 
-def row(name, pairs):
-    """Return the cells of what was timed: milliseconds (rounds, 2) of PyTorch and this tool."""
-    baseline, tool = np.median(pairs, axis=0)
-    ratios = pairs[:, 0] / pairs[:, 1]
+def find_compiler():
+    """Return the path of the C++ compiler that torch.compile finds, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def take_turns(options, precisions, flags):
+    """Measure all contestants.
+
+    Returns:
+        Milliseconds by what is timed, then by name of the contestant, (rounds,) each; and the peak
+        MB of the contestants' processes by name.
+    """
+    with contextlib.ExitStack() as stack:
+        make = {name: (pytorch, each) for name, each in options.items()}
+        make |= {name: (this_tool, each) for name, each in precisions.items()}
+        processes = {}
+        for name, (function, setting) in make.items():
+            process = timing.new_process(prepare, (function, setting, flags.batch_size))
+            processes[name] = stack.enter_context(process)
+        times = {what: {name: [] for name in make} for what in (TRAIN, INFER)}
+        for _ in range(flags.rounds):
+            for what, milliseconds in times.items():
+                for name, process in processes.items():
+                    milliseconds[name].append(process.submit(measure, what, flags.steps).result())
+        memory = {name: p.submit(peak_memory).result() for name, p in processes.items()}
+    arrays = {
+        what: {name: np.array(values) for name, values in milliseconds.items()}
+        for what, milliseconds in times.items()
+    }
+    return arrays, memory
+
+
+def rivals(milliseconds):
+    """Return what all are compared with, by the heading of its column: names of contestants.
+
+    Args:
+        milliseconds: (rounds,) by name of the contestant.
+    """
+
+    def fastest(names):
+        return min(names, key=lambda name: np.median(milliseconds[name]))
+
+    measured = {name: options for name, options in PYTORCH.items() if name in milliseconds}
+    float32 = [name for name, options in measured.items() if "bfloat16" not in options]
+    return {
+        "× plain": PLAIN,
+        "× PyTorch's best in float32": fastest(float32),
+        "× PyTorch's best": fastest(measured),
+    }
+
+
+def rows(milliseconds, memory):
+    """Return the cells of the contestants: medians, and medians of ratios within a round.
+
+    Args:
+        milliseconds: (rounds,) by name of the contestant.
+        memory: peak MB by name of the contestant.
+    """
+    compared = [milliseconds[rival] for rival in rivals(milliseconds).values()]
     return [
-        name,
-        f"{baseline:.0f}",
-        f"{tool:.0f}",
-        f"{np.median(ratios):.2f}",
-        f"{ratios.min():.2f} to {ratios.max():.2f}",
+        [
+            name,
+            f"{np.median(values):.0f}",
+            *(f"{np.median(rival / values):.2f}" for rival in compared),
+            f"{memory[name]:.0f}",
+        ]
+        for name, values in milliseconds.items()
     ]
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=7, steps=5, batch_size=64))
+    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=5, steps=3, batch_size=64))

@@ -51,12 +51,16 @@ def run(argv, doc, function, starts_tensorflow=True, **defaults):
 
 
 def machine():
-    """Return processor, cores, versions and date, in a line."""
-    source = runtime.provenance()
+    """Return processor, cores, units for bfloat16, versions and date, in a line."""
+    source, present = runtime.provenance(), runtime.bfloat16_units()
+    units = [
+        f"{'with' if unit in present else 'without'} {unit}"
+        for unit in runtime.BFLOAT16_UNITS.values()
+    ]
     versions = source["versions"]
     return (
-        f"{source['machine']}, Python {versions['python']}, TensorFlow {versions['tensorflow']}, "
-        f"{source['date'][:10]}"
+        f"{', '.join([source['machine'], *units])}, Python {versions['python']}, "
+        f"TensorFlow {versions['tensorflow']}, {source['date'][:10]}"
     )
 
 
@@ -120,7 +124,15 @@ def load_digits(count=None, image_size=28):
     return Data(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)
 
 
-def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_layer=None):
+def make_trainer(
+    data,
+    batch_size,
+    conv="dft",
+    jit=True,
+    strategy=None,
+    digits_layer=None,
+    precision="float32",
+):
     """Create a Trainer of the paper's network. Nothing is written while only steps are run.
 
     Args:
@@ -130,6 +142,7 @@ def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_l
         jit: whether XLA compiles the step.
         strategy: tf.distribute.Strategy, or None.
         digits_layer: class of layer in place of `ops.DigitCapsules`, or None.
+        precision: policy of Keras.
     """
     import tensorflow as tf
 
@@ -138,7 +151,7 @@ def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_l
     from training.trainer import Trainer
 
     with (strategy or tf.distribute.get_strategy()).scope():
-        network = CapsNet(data.canvas_shape(), CLASSES, conv=conv)
+        network = CapsNet(data.canvas_shape(), CLASSES, conv=conv, dtype=precision)
     if digits_layer:
         primary = network.conv1.compute_output_shape((None, *data.canvas_shape()))
         network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)

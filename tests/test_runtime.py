@@ -250,6 +250,30 @@ def test_gpus_convolve_directly_and_processors_by_spectra(monkeypatch, gpus, met
     assert runtime.fastest_conv() == method
 
 
+@pytest.mark.parametrize(
+    "flags, units",
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", ["AMX", "AVX512-BF16"]),
+        ("fpu avx512f avx512_bf16", ["AVX512-BF16"]),
+        ("fpu avx512f amx_tile", []),
+    ],
+)
+def test_units_for_bfloat16_are_named_by_the_flags_of_the_processor(monkeypatch, flags, units):
+    cpuinfo = f"model name\t: amx_bf16\nflags\t\t: {flags}\nbugs\t: none\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    assert runtime.bfloat16_units() == units
+    monkeypatch.setattr(Path, "read_text", lambda self: "Features\t: bf16\n")
+    assert runtime.bfloat16_units() == []
+
+
+def test_a_system_that_says_nothing_about_its_processor_has_no_units_for_bfloat16(monkeypatch):
+    def absent(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert runtime.bfloat16_units() == []
+
+
 # --- Provenance -----------------------------------------------------------------------------------
 
 
