@@ -136,6 +136,11 @@ def fastest_conv():
     return "direct" if has_gpu() else "dft"
 
 
+def multiplies_bfloat16():
+    """Tell whether products of bfloat16 are faster here than those of float32."""
+    return has_gpu() or bool(bfloat16_units())
+
+
 # --- Provenance of a result -----------------------------------------------------------------------
 
 

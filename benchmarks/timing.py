@@ -183,9 +183,12 @@ def make_inference(network, batch, jit=True):
 
     images, _ = ops.compose(batch[0], batch[1], padding=0)
 
-    @tf.function(jit_compile=jit, autograph=False)
+    def compile_part(function):
+        return tf.function(function, jit_compile=jit, autograph=False)
+
+    @tf.function(autograph=False)
     def lengths(images, spectra):
-        return ops.length(network.capsules(images, spectra, inference=True))
+        return ops.length(network.capsules(images, spectra, compile_part))
 
     spectra = network.spectra()
     return lambda: lengths(images, spectra).numpy()
