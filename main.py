@@ -121,8 +121,8 @@ FLAGS = {
         ("strategy", "auto", ("auto", "one", "mirrored", "multi_worker"),
          "one device, all GPUs of this machine, or the machines in TF_CONFIG; auto: all GPUs"),
         ("precision", "float32", ("float32", "mixed_bfloat16"),
-         "precision of matrix products; mixed_bfloat16 needs an accelerator; norms, routing and "
-         "losses stay float32"),
+         "precision of matrix products; mixed_bfloat16 on accelerators, and in inference on a CPU "
+         "with AMX or AVX512-BF16; norms, routing and losses stay float32"),
     ],
     "Reproducibility": [
         ("deterministic", False, None,

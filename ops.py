@@ -10,7 +10,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from spectral import PATCH_CHANNELS, conv_plan, dft_conv2d, kernel_spectrum, patches_conv2d
+from spectral import (
+    PATCH_CHANNELS,
+    conv_plan,
+    image_spectrum,
+    kernel_spectrum,
+    outputs_of_products,
+    patches_conv2d,
+)
 
 EPSILON = 1e-9  # inside every root: the gradient of a norm at 0 would be NaN without it
 M_PLUS, M_MINUS, LAMBDA = 0.9, 0.1, 0.5  # eq. 4
@@ -214,14 +221,17 @@ class Convolution(keras.layers.Layer):
         )
 
     def spectrum(self):
-        """Transform the kernel once for many calls, or return None if `call` needs no spectrum.
+        """Transform the kernel once for many calls, or return None if `multiply` needs no spectrum.
 
-        Under a mixed policy `call` transforms the kernel itself: Keras would round a spectrum, as
-        it rounds all arguments, and spectra lose digits already.
+        It is rounded to the type of the layer's products. In training, where the kernel changes
+        with each step, products of spectra are float32 under any policy.
         """
-        if self.algorithm != "dft" or self.compute_dtype != "float32":
+        if self.algorithm != "dft":
             return None
-        return kernel_spectrum(tf.convert_to_tensor(self.kernel), self.plan)
+        return tf.cast(self._kernel_spectrum(), self.compute_dtype)
+
+    def _kernel_spectrum(self):
+        return kernel_spectrum(tf.cast(tf.convert_to_tensor(self.kernel), tf.float32), self.plan)
 
     def call(self, images, spectrum=None):
         """Convolve: (B, H, W, C) -> (B, rows, columns, filters).
@@ -230,21 +240,35 @@ class Convolution(keras.layers.Layer):
             images: (B, H, W, C).
             spectrum: what `spectrum` returned, if the kernel has not changed since.
         """
-        y = self.convolve(images, spectrum)
+        return self.finish(self.multiply(self.prepare(images, spectrum), spectrum))
+
+    def prepare(self, images, spectrum=None):
+        """Return what `multiply` takes: the images, or their spectrum for products of spectra."""
+        if self.algorithm != "dft":
+            return tf.cast(images, self.compute_dtype)
+        factors = image_spectrum(tf.cast(images, tf.float32), self.plan)
+        return factors if spectrum is None else tf.cast(factors, spectrum.dtype)
+
+    def multiply(self, factors, spectrum=None):
+        """Multiply what `prepare` returned by the kernel. This is most of the arithmetic."""
+        if self.algorithm == "dft":
+            return tf.matmul(factors, self._kernel_spectrum() if spectrum is None else spectrum)
+        kernel = tf.cast(tf.convert_to_tensor(self.kernel), self.compute_dtype)
+        if self.algorithm == "direct":
+            return tf.nn.conv2d(factors, kernel, self.strides, "VALID")
+        return patches_conv2d(factors, kernel, self.strides)
+
+    def restore(self, products):
+        """Turn what `multiply` returned into the convolution, without bias and activation."""
+        if self.algorithm != "dft":
+            return products
+        return outputs_of_products(tf.cast(products, tf.float32), self.plan)
+
+    def finish(self, products):
+        """Turn what `multiply` returned into the output of the layer."""
+        y = self.restore(products)
         y += tf.cast(tf.convert_to_tensor(self.bias), y.dtype)
         return keras.activations.get(self.activation)(y)
-
-    def convolve(self, images, spectrum=None):
-        """Convolve as `call`, without bias and activation."""
-        kernel = tf.convert_to_tensor(self.kernel)
-        if self.algorithm == "dft":  # float32 under any policy: spectra lose digits already
-            images, kernel = tf.cast(images, tf.float32), tf.cast(kernel, tf.float32)
-        if self.algorithm == "direct":
-            return tf.nn.conv2d(images, kernel, self.strides, "VALID")
-        if self.algorithm == "patches":
-            return patches_conv2d(images, kernel, self.strides)
-        spectrum = kernel_spectrum(kernel, self.plan) if spectrum is None else spectrum
-        return dft_conv2d(images, spectrum, self.plan)
 
     def compute_output_shape(self, input_shape):
         """Return the shape of the output for images of a shape."""
@@ -280,15 +304,15 @@ class PrimaryCapsules(Convolution):
         super().__init__(n_types * dim, kernel_size, strides, method=method, **kwargs)
         self.n_types, self.dim, self.coupling = n_types, dim, coupling
 
-    def convolve(self, images, spectrum=None):
-        """Convolve as `Convolution` does, and multiply by the coupling."""
-        y = super().convolve(images, spectrum)
+    def restore(self, products):
+        """Restore as `Convolution` does, and multiply by the coupling."""
+        y = super().restore(products)
         return y if self.coupling is None else y * self.coupling
 
-    def call(self, images, spectrum=None):
-        """Convolve and squash: (B, H, W, C) -> (B, I, dim). Arguments as in `Convolution`."""
+    def finish(self, products):
+        """Turn what `multiply` returned into capsules (B, I, dim)."""
         rows, columns = self.plan.outputs
-        channels = super().call(images, spectrum)
+        channels = super().finish(products)
         return squash(tf.reshape(channels, (-1, rows * columns * self.n_types, self.dim)))
 
     def compute_output_shape(self, input_shape):

@@ -25,6 +25,8 @@ CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+# What a processor multiplies bfloat16 with, by its flag in Linux's /proc/cpuinfo.
+BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 
 # --- TensorFlow -----------------------------------------------------------------------------------
@@ -134,6 +136,11 @@ def fastest_conv():
     return "direct" if has_gpu() else "dft"
 
 
+def multiplies_bfloat16():
+    """Tell whether products of bfloat16 are faster here than those of float32."""
+    return has_gpu() or bool(bfloat16_units())
+
+
 # --- Provenance of a result -----------------------------------------------------------------------
 
 
@@ -147,15 +154,12 @@ def processor():
 
 
 def bfloat16_units():
-    """Return the units of the processor that multiply bfloat16 numbers: AMX, AVX512-BF16 or both.
-
-    Empty where it has none, or where the system does not say (only Linux does).
-    """
-    flags = set()
+    """Return the names of the processor's units that multiply bfloat16; none outside Linux."""
     with contextlib.suppress(OSError):
-        flags.update(re.findall(r"\b\w+_bf16\b", Path("/proc/cpuinfo").read_text()))
-    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
-    return [name for flag, name in names.items() if flag in flags]
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        words = flags[1].split() if flags else ()
+        return [name for flag, name in BFLOAT16_UNITS.items() if flag in words]
+    return []
 
 
 def machine():

@@ -45,7 +45,11 @@ class AxisTransform(NamedTuple):
 
 
 class ConvPlan(NamedTuple):
-    """How `dft_conv2d` tiles and transforms images of one size for kernels of one size."""
+    """How images of one size are tiled and transformed for kernels of one size.
+
+    The convolution (correlation, as `tf.nn.conv2d`) is
+    `outputs_of_products(tf.matmul(image_spectrum(images), kernel_spectrum(kernel)))`.
+    """
 
     stride: int
     taps: tuple  # (rows, columns) of each stride phase of the kernel
@@ -182,20 +186,11 @@ def kernel_spectrum(kernel, plan):
     return tf.reshape(spectrum, (-1, s * s * c, o))
 
 
-def dft_conv2d(images, spectrum, plan):
-    """Compute a valid convolution (correlation, as `tf.nn.conv2d`) by products of spectra.
-
-    Args:
-        images: (B, H, W, C).
-        spectrum: (P, s·s·C, O), the kernel transformed by `kernel_spectrum`.
-        plan: ConvPlan for these sizes, from `conv_plan`.
-
-    Returns:
-        (B, rows, columns, O).
-    """
+def image_spectrum(images, plan):
+    """Transform images to their factors in the products: (B, H, W, C) -> (P, B·tiles, s·s·C)."""
     s, (rows, columns), (down, across) = plan.stride, plan.tile, plan.tiles
     grid = [n + t - 1 for n, t in zip(plan.tile, plan.taps, strict=True)]
-    c, o = images.shape[-1], spectrum.shape[-1]
+    c = images.shape[-1]
     # Crop to what the outputs depend on, or pad the last tile with zeros.
     height, width = (
         s * (n * t + k - 1) for n, t, k in zip(plan.tiles, plan.tile, plan.taps, strict=True)
@@ -210,8 +205,12 @@ def dft_conv2d(images, spectrum, plan):
     )  # (B, down, across, N, s, N, s, C)
     phases = tf.transpose(phases, (3, 5, 0, 1, 2, 4, 6, 7))
     factors = tf.matmul(plan.of_image, tf.reshape(phases, (grid[0] * grid[1], -1)))
-    factors = tf.reshape(factors, (len(plan.of_image), -1, s * s * c))  # (P, B·tiles, ssC)
-    products = tf.matmul(factors, spectrum)  # (P, B·tiles, O)
+    return tf.reshape(factors, (len(plan.of_image), -1, s * s * c))
+
+
+def outputs_of_products(products, plan):
+    """Transform the products of spectra back: (P, B·tiles, O) -> (B, rows, columns, O)."""
+    (rows, columns), (down, across), o = plan.tile, plan.tiles, products.shape[-1]
     outputs = tf.matmul(plan.to_output, tf.reshape(products, (len(plan.of_image), -1)))
     outputs = tf.reshape(outputs, (rows, columns, -1, down, across, o))
     outputs = tf.reshape(

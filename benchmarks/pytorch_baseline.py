@@ -1,17 +1,17 @@
-"""This tool against a CapsNet in PyTorch: same network, loss and optimizer.
+"""This tool against PyTorch, plain and as fast as its options make it: same network and optimizer.
 
     pip install torch
-    python benchmarks/pytorch_baseline.py [--rounds=7] [--steps=5] [--batch_size=64]
+    python benchmarks/pytorch_baseline.py [--rounds=5] [--steps=3] [--batch_size=64]
 
-PyTorch is measured as people write it, and faster step by step: with the memory layout
-channels_last, with votes and routing as products of matrices, compiled, and in bfloat16 where the
-processor computes with it. Each variant and this tool run in a process of their own and take
-turns. A ratio is the median over the rounds of the ratios within a round. Training is with data
-deformation.
+Each runs in a process of its own, and they take turns. A ratio is the median over the rounds of the
+ratios within a round. Training is with data deformation. bfloat16 is measured on processors that
+have units for it, torch.compile where there is a C++ compiler.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import sys
 
@@ -24,41 +24,71 @@ import runtime
 
 PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
-# What is measured: (name, keys of `pytorch_capsnet.Variant`).
-VARIANTS = (
-    ("PyTorch, plain", ()),
-    ("channels_last", ("channels_last",)),
-    ("products", ("einsum",)),
-    ("products, channels_last", ("einsum", "channels_last")),
-    ("products, compiled", ("einsum", "compiled")),
-    ("products, channels_last, compiled", ("einsum", "channels_last", "compiled")),
-    ("bfloat16, products, channels_last", ("bfloat16", "einsum", "channels_last")),
-    ("bfloat16, products, compiled", ("bfloat16", "einsum", "compiled")),
-    (
-        "bfloat16, products, channels_last, compiled",
-        ("bfloat16", "einsum", "channels_last", "compiled"),
-    ),
-)
-TOOL = "this tool"
+# The names of the options of `pytorch_capsnet.Options`, by what they are together.
+PLAIN = "PyTorch, plain"
+FAST = ("channels_last", "einsum")
+PYTORCH = {
+    PLAIN: (),
+    "PyTorch, channels_last": ("channels_last",),
+    "PyTorch, channels_last, einsum": FAST,
+    "PyTorch, channels_last, einsum, torch.compile": (*FAST, "compiled"),
+    "PyTorch, channels_last, einsum, bfloat16": (*FAST, "bfloat16"),
+    "PyTorch, channels_last, einsum, bfloat16, torch.compile": (*FAST, "bfloat16", "compiled"),
+    "PyTorch, einsum, torch.compile": ("einsum", "compiled"),
+    "PyTorch, einsum, bfloat16, torch.compile": ("einsum", "bfloat16", "compiled"),
+}
+THIS_TOOL = {"this tool, float32": "float32", "this tool, mixed_bfloat16": "mixed_bfloat16"}
 CALLS = {}  # of this process: what to time, by name
 
 
-def pytorch(options, batch_size):
-    """Return calls that train one step and classify one batch in PyTorch."""
-    import pytorch_capsnet
+def contestants(bfloat16, compiler):
+    """Return what can be measured on this machine.
 
-    dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
-    variant = pytorch_capsnet.Variant(**dict.fromkeys(options, True))
-    images, labels = dataset.x_train[:batch_size], dataset.y_train[:batch_size]
-    train, infer, network = pytorch_capsnet.calls(variant, images, labels)
+    Args:
+        bfloat16: whether the processor has units for it.
+        compiler: whether there is a C++ compiler.
+
+    Returns:
+        The options of PyTorch and the precisions of this tool, both by name.
+    """
+    lacking = {"bfloat16": not bfloat16, "compiled": not compiler}
+    pytorch_options = {
+        name: options
+        for name, options in PYTORCH.items()
+        if not any(lacking.get(option) for option in options)
+    }
+    precisions = {
+        name: precision
+        for name, precision in THIS_TOOL.items()
+        if bfloat16 or precision == "float32"
+    }
+    return pytorch_options, precisions
+
+
+def pytorch(options, batch_size):
+    """Return calls that train one step and classify one batch, in PyTorch.
+
+    Args:
+        options: names of fields of `pytorch_capsnet.Options`.
+        batch_size: images in a step.
+    """
+    import pytorch_capsnet
+    import torch
+
+    network = pytorch_capsnet.CapsNet(pytorch_capsnet.Options(**dict.fromkeys(options, True)))
     check_size(sum(p.numel() for p in network.parameters()))
+    dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
+    images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
+    labels = torch.eye(timing.CLASSES)[torch.tensor(dataset.y_train[:batch_size]).long()]
+    train, infer = pytorch_capsnet.make_calls(network, images, labels)
     return {TRAIN: train, INFER: infer}
 
 
-def this_tool(batch_size):
+def this_tool(precision, batch_size):
     """Return calls that train one step and classify one batch with this tool."""
     runtime.start_tensorflow()
-    trainer = timing.make_trainer(timing.load_digits(batch_size), batch_size)
+    data = timing.load_digits(batch_size)
+    trainer = timing.make_trainer(data, batch_size, precision=precision)
     batch = timing.first_batch(trainer)
     check_size(trainer.network.count_params())
     return {
@@ -83,100 +113,97 @@ def measure(name, steps):
     return timing.milliseconds(CALLS[name], steps)
 
 
-def variants_here(units, compiler):
-    """Return which VARIANTS can be measured, and a line on each kind that cannot.
-
-    Args:
-        units: names of the processor's bfloat16 units, see `runtime.bfloat16_units`.
-        compiler: whether there is a C++ compiler, which torch.compile needs.
-    """
-    measured, lines = [], []
-    for name, options in VARIANTS:
-        if not (("bfloat16" in options and not units) or ("compiled" in options and not compiler)):
-            measured.append((name, options))
-    if not units:
-        lines.append("Not measured: bfloat16, as this processor has no units for it.")
-    if not compiler:
-        lines.append("Not measured: torch.compile, as there is no C++ compiler (g++ or clang++).")
-    return measured, lines
-
-
 def compare(flags):
     """Let all take turns and print the tables."""
     if not importlib.util.find_spec("torch"):
         raise errors.UserError(
             "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
-    units = runtime.bfloat16_units()
-    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    measured, lines = variants_here(units, compiler)
-    processes = {
-        name: timing.new_process(prepare, (pytorch, options, flags.batch_size))
-        for name, options in measured
-    }
-    processes[TOOL] = timing.new_process(prepare, (this_tool, flags.batch_size))
-    times = {TRAIN: [], INFER: []}
-    try:
-        for _ in range(flags.rounds):
-            for task, rounds in times.items():
-                rounds.append(
-                    {
-                        name: process.submit(measure, task, flags.steps).result()
-                        for name, process in processes.items()
-                    }
-                )
-        memory = {name: p.submit(timing.peak_megabytes).result() for name, p in processes.items()}
-    finally:
-        for process in processes.values():
-            process.shutdown()
+    units, compiler = runtime.bfloat16_units(), find_compiler()
+    options, precisions = contestants(bool(units), bool(compiler))
+    times, memory = take_turns(options, precisions, flags)
     version = importlib.metadata.version("torch")
-    print(
-        f"{timing.machine()}, PyTorch {version}; bfloat16 units: {', '.join(units) or 'none'}; "
-        f"batch {flags.batch_size}, {flags.rounds} rounds\n"
-    )
-    timing.print_table(["", f"{TRAIN}, ms", f"{INFER}, ms", "peak MB"], speeds(times, memory))
-    float32 = [name for name, options in measured if "bfloat16" not in options]
-    compared = (
-        ("plain PyTorch", ["PyTorch, plain"]),
-        ("the fastest PyTorch in float32", float32),
-        ("the fastest PyTorch", list(processes)[:-1]),
-    )
-    header = ["this tool is faster than", *(f"{task}: ratio (range)" for task in times)]
-    timing.print_table(header, [ratios(text, names, times) for text, names in compared])
-    if lines:
-        print("\n".join(lines))
+    print(f"{timing.machine()}, PyTorch {version}")
+    print(f"Batch {flags.batch_size}, {flags.rounds} rounds.")
+    if not units:
+        print("bfloat16 is not measured: the processor has no units for it.")
+    if not compiler:
+        print("torch.compile is not measured: there is no C++ compiler (g++, clang++ or $CXX).")
+    print()
+    for name, milliseconds in times.items():
+        header = [f"{name}, batch {flags.batch_size}", "ms", *rivals(milliseconds), "peak MB"]
+        timing.print_table(header, rows(milliseconds, memory))
 
 
-def speeds(times, memory):
-    """Return a row for each that was measured: median milliseconds and peak memory."""
+def find_compiler():
+    """Return the path of the C++ compiler that torch.compile finds, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def take_turns(options, precisions, flags):
+    """Measure all contestants.
+
+    Returns:
+        Milliseconds by what is timed, then by name of the contestant, (rounds,) each; and the peak
+        MB of the contestants' processes by name.
+    """
+    with contextlib.ExitStack() as stack:
+        make = {name: (pytorch, each) for name, each in options.items()}
+        make |= {name: (this_tool, each) for name, each in precisions.items()}
+        processes = {}
+        for name, (function, setting) in make.items():
+            process = timing.new_process(prepare, (function, setting, flags.batch_size))
+            processes[name] = stack.enter_context(process)
+        times = {what: {name: [] for name in make} for what in (TRAIN, INFER)}
+        for _ in range(flags.rounds):
+            for what, milliseconds in times.items():
+                for name, process in processes.items():
+                    milliseconds[name].append(process.submit(measure, what, flags.steps).result())
+        memory = {name: p.submit(timing.peak_megabytes).result() for name, p in processes.items()}
+    arrays = {
+        what: {name: np.array(values) for name, values in milliseconds.items()}
+        for what, milliseconds in times.items()
+    }
+    return arrays, memory
+
+
+def rivals(milliseconds):
+    """Return what all are compared with, by the heading of its column: names of contestants.
+
+    Args:
+        milliseconds: (rounds,) by name of the contestant.
+    """
+
+    def fastest(names):
+        return min(names, key=lambda name: np.median(milliseconds[name]))
+
+    measured = {name: options for name, options in PYTORCH.items() if name in milliseconds}
+    float32 = [name for name, options in measured.items() if "bfloat16" not in options]
+    return {
+        "× plain": PLAIN,
+        "× PyTorch's best in float32": fastest(float32),
+        "× PyTorch's best": fastest(measured),
+    }
+
+
+def rows(milliseconds, memory):
+    """Return the cells of the contestants: medians, and medians of ratios within a round.
+
+    Args:
+        milliseconds: (rounds,) by name of the contestant.
+        memory: peak MB by name of the contestant.
+    """
+    compared = [milliseconds[rival] for rival in rivals(milliseconds).values()]
     return [
         [
             name,
-            *(
-                f"{np.median([by_name[name] for by_name in rounds]):.0f}"
-                for rounds in times.values()
-            ),
+            f"{np.median(values):.0f}",
+            *(f"{np.median(rival / values):.2f}" for rival in compared),
             f"{memory[name]:.0f}",
         ]
-        for name in memory
+        for name, values in milliseconds.items()
     ]
 
 
-def ratios(text, names, times):
-    """Return a row that compares this tool with the fastest of some variants.
-
-    Args:
-        text: first cell.
-        names: of the variants; the fastest is the one with the lowest median of each task.
-        times: for each task a list of the rounds' milliseconds by name.
-    """
-    cells = [text]
-    for rounds in times.values():
-        fastest = min(names, key=lambda name: np.median([by_name[name] for by_name in rounds]))
-        each = np.array([by_name[fastest] / by_name[TOOL] for by_name in rounds])
-        cells.append(f"{np.median(each):.2f} ({each.min():.2f} to {each.max():.2f}), {fastest}")
-    return cells
-
-
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=7, steps=5, batch_size=64))
+    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=5, steps=3, batch_size=64))

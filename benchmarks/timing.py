@@ -51,12 +51,16 @@ def run(argv, doc, function, starts_tensorflow=True, **defaults):
 
 
 def machine():
-    """Return processor, cores, versions and date, in a line."""
-    source = runtime.provenance()
+    """Return processor, cores, units for bfloat16, versions and date, in a line."""
+    source, present = runtime.provenance(), runtime.bfloat16_units()
+    units = [
+        f"{'with' if unit in present else 'without'} {unit}"
+        for unit in runtime.BFLOAT16_UNITS.values()
+    ]
     versions = source["versions"]
     return (
-        f"{source['machine']}, Python {versions['python']}, TensorFlow {versions['tensorflow']}, "
-        f"{source['date'][:10]}"
+        f"{', '.join([source['machine'], *units])}, Python {versions['python']}, "
+        f"TensorFlow {versions['tensorflow']}, {source['date'][:10]}"
     )
 
 
@@ -127,7 +131,15 @@ def load_digits(count=None, image_size=28):
     return Data(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)
 
 
-def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_layer=None):
+def make_trainer(
+    data,
+    batch_size,
+    conv="dft",
+    jit=True,
+    strategy=None,
+    digits_layer=None,
+    precision="float32",
+):
     """Create a Trainer of the paper's network. Nothing is written while only steps are run.
 
     Args:
@@ -137,6 +149,7 @@ def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_l
         jit: whether XLA compiles the step.
         strategy: tf.distribute.Strategy, or None.
         digits_layer: class of layer in place of `ops.DigitCapsules`, or None.
+        precision: policy of Keras.
     """
     import tensorflow as tf
 
@@ -145,7 +158,7 @@ def make_trainer(data, batch_size, conv="dft", jit=True, strategy=None, digits_l
     from training.trainer import Trainer
 
     with (strategy or tf.distribute.get_strategy()).scope():
-        network = CapsNet(data.canvas_shape(), CLASSES, conv=conv)
+        network = CapsNet(data.canvas_shape(), CLASSES, conv=conv, dtype=precision)
     if digits_layer:
         primary = network.conv1.compute_output_shape((None, *data.canvas_shape()))
         network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)
@@ -177,9 +190,12 @@ def make_inference(network, batch, jit=True):
 
     images, _ = ops.compose(batch[0], batch[1], padding=0)
 
-    @tf.function(jit_compile=jit, autograph=False)
+    def compile_part(function):
+        return tf.function(function, jit_compile=jit, autograph=False)
+
+    @tf.function(autograph=False)
     def lengths(images, spectra):
-        return ops.length(network.capsules(images, spectra, inference=True))
+        return ops.length(network.capsules(images, spectra, compile_part))
 
     spectra = network.spectra()
     return lambda: lengths(images, spectra).numpy()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import figures
 from input_pipeline import batches
-from model import TWEAKS, Outputs
+from model import TWEAKS, Outputs, uncompiled
 from runtime import say_written
 
 GRID_IMAGES = 64
@@ -18,7 +18,7 @@ def outputs_of(session, plan):
     """
     batch = next(iter(batches(session.test_data, plan, len(plan.index))))
     network = session.network
-    outputs = network.outputs(batch, network.spectra(), inference=True)
+    outputs = network.outputs(batch, network.spectra(), uncompiled)
     return Outputs(*(value.numpy() for value in outputs)), batch[2].numpy()
 
 

@@ -44,10 +44,11 @@ class Session:
         self.flags, self.argv = flags, argv
         self.commit = runtime.commit()  # now: it may be another one after an hour of training
         gpu = runtime.has_gpu()
-        if flags.precision != "float32" and not gpu:
+        if flags.precision != "float32" and not runtime.multiplies_bfloat16():
+            units = " or ".join(runtime.BFLOAT16_UNITS.values())
             raise UsageError(
-                "--precision=mixed_bfloat16 is for accelerators and there is none here, "
-                "expected --precision=float32, which is several times faster on a CPU"
+                f"--precision={flags.precision} needs an accelerator or a processor with {units}, "
+                "and there is none here, expected --precision=float32"
             )
         if flags.deterministic:
             tf.config.experimental.enable_op_determinism()

@@ -134,13 +134,13 @@ class CNN(keras.Model):
         """Turn logits into probabilities: a softmax, or a sigmoid for each of several digits."""
         return tf.nn.sigmoid(logits) if self.digits > 1 else tf.nn.softmax(logits)
 
-    def outputs(self, batch, spectra=None, inference=False, step=None):
+    def outputs(self, batch, spectra=None, compile_part=None, step=None):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: batch from `input_pipeline.batches`.
-            spectra: what `spectra` returned, if no weight changed since.
-            inference: whether no gradient is wanted; nothing is dropped out then.
+            batch: of `input_pipeline.batches`.
+            spectra: of `spectra`, if no weight changed since.
+            compile_part: compiles a function, if no gradient is wanted: nothing is dropped out.
             step: number of the training step, for the dropout.
 
         Returns:
@@ -149,7 +149,10 @@ class CNN(keras.Model):
         digits, shift, labels, _ = batch
         padding = (self.settings["image_shape"][0] - digits.shape[2]) // 2
         canvas, _ = ops.compose(digits, shift, padding)
-        logits = self.logits(canvas, spectra, None if inference else step)
+        if compile_part:
+            logits = compile_part(lambda images: self.logits(images, spectra))(canvas)
+        else:
+            logits = self.logits(canvas, spectra, step)
         n_classes = logits.shape[1]
         predictions = ops.longest(logits, self.digits)
         present, guess = (

@@ -53,7 +53,7 @@ class TinyNetwork(keras.Model):
         """The kernel of the hidden layer, doubled: `outputs` halves it again, without rounding."""
         return 2 * self.hidden.kernel
 
-    def outputs(self, batch, spectra=None, inference=False, step=None):
+    def outputs(self, batch, spectra=None, compile_part=None, step=None):
         digits, shift, labels, _ = batch
         moved = tf.cast(digits[:, 0], tf.float32) / 255 + 0.01 * tf.cast(
             tf.reduce_sum(shift, axis=2)[..., None, None], tf.float32

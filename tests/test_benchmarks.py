@@ -196,37 +196,58 @@ def test_the_ratios_of_speed_are_medians_of_ratios_within_a_round():
     ]  # fmt: skip
 
 
-# Milliseconds by name in each of three rounds.
-ROUNDS = [
-    {"PyTorch, plain": 600.0, "a": 300.0, "b": 310.0, pytorch_baseline.TOOL: 100.0},
-    {"PyTorch, plain": 500.0, "a": 600.0, "b": 310.0, pytorch_baseline.TOOL: 200.0},
-    {"PyTorch, plain": 900.0, "a": 300.0, "b": 330.0, pytorch_baseline.TOOL: 300.0},
-]
+def test_pytorch_is_compared_at_its_plainest_its_best_in_float32_and_its_best():
+    names = list(pytorch_baseline.PYTORCH)
+    compiled, half = names[3], names[4]
+    milliseconds = {
+        pytorch_baseline.PLAIN: np.array([600.0, 500, 900]),
+        compiled: np.array([300.0, 310, 350]),  # medians 310 and 300: not the first round decides
+        half: np.array([400.0, 300, 290]),
+        "this tool, float32": np.array([100.0, 200, 300]),
+    }
+    rivals = pytorch_baseline.rivals(milliseconds)
+    assert list(rivals.values()) == [pytorch_baseline.PLAIN, compiled, half]
+    table = pytorch_baseline.rows(milliseconds, dict.fromkeys(milliseconds, 1000.4))
+    assert table[0] == [pytorch_baseline.PLAIN, "600", "1.00", "0.50", "0.60", "1000"]
+    assert table[3] == ["this tool, float32", "200", "3.00", "1.55", "1.50", "1000"]
 
 
-def test_the_ratio_to_pytorch_is_the_median_of_the_ratios_within_a_round():
-    times = {"step": ROUNDS}
-    plain = pytorch_baseline.ratios("plain", ["PyTorch, plain"], times)
-    assert plain == ["plain", "3.00 (2.50 to 6.00), PyTorch, plain"]
-    # a has the lowest median, 300; its ratios are 3, 3 and 1.
-    fastest = pytorch_baseline.ratios("fastest", ["PyTorch, plain", "a", "b"], times)
-    assert fastest == ["fastest", "3.00 (1.00 to 3.00), a"]
+@pytest.mark.parametrize(
+    "bfloat16, compiler, absent",
+    [
+        (True, True, []),
+        (False, True, ["bfloat16"]),
+        (True, False, ["compile"]),
+        (False, False, ["bfloat16", "compile"]),
+    ],
+)
+def test_what_a_machine_cannot_do_is_not_measured(bfloat16, compiler, absent):
+    options, precisions = pytorch_baseline.contestants(bfloat16, compiler)
+    expected = [
+        name
+        for name in (*pytorch_baseline.PYTORCH, *pytorch_baseline.THIS_TOOL)
+        if not any(word in name for word in absent)
+    ]
+    assert [*options, *precisions] == expected
+    assert pytorch_baseline.PLAIN in options and "float32" in precisions.values()
 
 
-def test_the_speeds_are_medians_over_the_rounds():
-    rows = pytorch_baseline.speeds({"step": ROUNDS, "call": ROUNDS[:1]}, {"a": 12.4, "b": 7})
-    assert rows == [["a", "300", "300", "12"], ["b", "310", "310", "7"]]
+@pytest.mark.parametrize("present, found", [("g++", "/bin/g++"), ("clang++", "/bin/clang++")])
+def test_a_compiler_is_found_by_its_name_or_by_the_environment(monkeypatch, present, found):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == present else None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert pytorch_baseline.find_compiler() == found
+    monkeypatch.setenv("CXX", "icpx")
+    assert pytorch_baseline.find_compiler() == (found if present == "clang++" else None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")
+    assert pytorch_baseline.find_compiler() == "/opt/icpx"
 
 
-def test_what_the_machine_cannot_run_is_left_out_and_said():
-    everything, nothing_said = pytorch_baseline.variants_here(["AMX"], compiler=True)
-    assert tuple(everything) == pytorch_baseline.VARIANTS and not nothing_said
-    float32, (line,) = pytorch_baseline.variants_here([], compiler=True)
-    assert len(float32) == 6 and not any("bfloat16" in name for name, _ in float32)
-    assert line.startswith("Not measured: bfloat16")
-    eager, (line,) = pytorch_baseline.variants_here(["AMX"], compiler=False)
-    assert len(eager) == 5 and not any("compiled" in name for name, _ in eager)
-    assert line.startswith("Not measured: torch.compile")
+def test_the_machine_is_named_with_its_units_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(timing.runtime, "machine", lambda: "Fast (2 cores), no GPU")
+    monkeypatch.setattr(timing.runtime, "bfloat16_units", lambda: ["AVX512-BF16"])
+    said = "Fast (2 cores), no GPU, without AMX, with AVX512-BF16, Python 3."
+    assert timing.machine().startswith(said)
 
 
 def test_replicas_are_compared_with_one_in_units_of_each_arrays_largest_value():
@@ -542,6 +563,85 @@ def test_without_pytorch_the_comparison_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match="PyTorch is not installed.*pip install torch"):
         pytorch_baseline.compare(SimpleNamespace(batch_size=1, rounds=1, steps=1))
+
+
+class FakeProcess(InThisProcess):
+    """An executor whose process is asked for times and memory, and answers by its own."""
+
+    def __init__(self, initializer, arguments):
+        _, setting, batch_size = arguments
+        assert (initializer, batch_size) == (pytorch_baseline.prepare, 8)
+        self.answers = {pytorch_baseline.measure: 100.0, timing.peak_megabytes: 700.0}
+        if setting == "float32":
+            self.answers[pytorch_baseline.measure] = 50.0
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=lambda: self.answers[function])
+
+
+def test_all_contestants_take_turns_and_what_is_missing_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(pytorch_baseline.importlib.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "new_process", FakeProcess)
+    monkeypatch.setattr(pytorch_baseline.runtime, "bfloat16_units", lambda: [])
+    monkeypatch.setattr(pytorch_baseline, "find_compiler", lambda: None)
+    pytorch_baseline.compare(SimpleNamespace(batch_size=8, rounds=2, steps=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["a machine, PyTorch 9.9", "Batch 8, 2 rounds."]
+    assert [line.split(" is not")[0] for line in lines[2:4]] == ["bfloat16", "torch.compile"]
+    assert lines[5].startswith("| train step, with deformation, batch 8 | ms | × plain |")
+    assert "| PyTorch, channels_last | 100 | 1.00 | 1.00 | 1.00 | 700 |" in lines
+    assert lines.count("| this tool, float32 | 50 | 2.00 | 2.00 | 2.00 | 700 |") == 2
+
+
+@pytest.mark.parametrize("name", pytorch_baseline.PYTORCH)
+def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
+    torch = pytest.importorskip("torch")
+    import pytorch_capsnet
+    import tensorflow as tf
+
+    import model
+
+    options = pytorch_capsnet.Options(**dict.fromkeys(pytorch_baseline.PYTORCH[name], True))
+    if options.compiled and not pytorch_baseline.find_compiler():
+        pytest.skip("torch.compile needs a C++ compiler")
+    rng = np.random.default_rng(0)
+    digits = rng.integers(0, 256, (4, 1, 28, 28, 1)).astype(np.uint8)
+    classes, moves = np.array([[3], [0], [9], [3]]), np.zeros((4, 1, 2), np.int32)
+    network = model.CapsNet((28, 28, 1), 10)
+    # Capsules so long that it does not matter where squash has its epsilon.
+    network.primary.kernel.assign(5 * network.primary.kernel)
+    with tf.GradientTape() as tape:
+        outputs = network.outputs((tf.constant(digits), moves, tf.constant(classes), np.ones(4)))
+        loss = tf.reduce_mean(outputs.margin_loss + 0.0005 * outputs.reconstruction_loss)
+    kernel_gradient = tape.gradient(loss, network.conv1.kernel.value)
+
+    module = pytorch_capsnet.CapsNet(options)
+    with torch.no_grad():
+        for layer, other in (
+            (network.conv1, module.conv1),
+            (network.primary, module.primary),
+            *zip((*network.decoder.hidden, network.decoder.pixels), module.decoder[::2],
+                 strict=True),
+        ):  # fmt: skip
+            kernel = layer.kernel.numpy()
+            order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
+            other.weight.copy_(torch.tensor(kernel.transpose(order)))
+            other.bias.copy_(torch.tensor(layer.bias.numpy()))
+        # There the capsules of one type follow each other, here those of one position.
+        weights = network.digits.W.numpy().reshape(10, 36, 32, 8, 16).transpose(2, 1, 0, 4, 3)
+        module.W.copy_(torch.tensor(weights.reshape(1, 1152, 10, 16, 8)))
+    monkeypatch.setattr(pytorch_capsnet, "shift", lambda images: images)
+    images = torch.tensor(digits[:, 0].transpose(0, 3, 1, 2)).float() / 255
+    labels = torch.eye(10)[torch.tensor(classes[:, 0])]
+    train, infer = pytorch_capsnet.make_calls(module, images, labels)
+    exactness = 0.03 if options.bfloat16 else 1e-4
+    np.testing.assert_allclose(infer(), outputs.lengths, rtol=exactness, atol=exactness)
+    assert train() == pytest.approx(float(loss), rel=exactness)
+    gradient = module.conv1.weight.grad.numpy().transpose(2, 3, 1, 0)
+    scale = np.abs(kernel_gradient).max()
+    np.testing.assert_allclose(gradient, kernel_gradient, atol=2 * exactness * scale)
 
 
 # --- Kills ----------------------------------------------------------------------------------------

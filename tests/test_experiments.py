@@ -184,7 +184,7 @@ def test_units_are_dropped_in_training_and_never_in_an_evaluation(small):
     step = tf.constant(2)
     training = net.outputs(batch, step=step).scores.numpy()
     assert np.abs(training - probabilities).max() > 1e-3
-    evaluated = net.outputs(batch, net.spectra(), inference=True, step=step).scores
+    evaluated = net.outputs(batch, net.spectra(), tf.function, step=step).scores
     np.testing.assert_allclose(evaluated, probabilities, atol=1e-6)
 
 

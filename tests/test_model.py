@@ -1,5 +1,6 @@
 """The network of the paper: its outputs, sizes, first weights and what is saved of it."""
 
+import functools
 import inspect
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import model
 import ops
 from config import NetworkConfig
 from errors import ImageTooSmall
-from model import CapsNet
+from model import CapsNet, uncompiled
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"
 # Every argument of CapsNet, but `conv` and `initialization`, with another value than the default.
@@ -272,9 +273,9 @@ def test_a_network_that_convolves_directly_has_no_spectra():
 
 
 @pytest.mark.parametrize("conv", ops.CONV_METHODS)
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("compile_part", [None, uncompiled])
 def test_images_are_routed_in_chunks_only_for_inference_with_the_convolution_for_a_cpu(
-    rng, monkeypatch, conv, inference
+    rng, monkeypatch, conv, compile_part
 ):
     network, batch = random_network(rng, conv=conv), random_batch(rng, 32)
     expected = capsules_of(network, composed(batch[0], batch[1], 0)[0])
@@ -282,19 +283,44 @@ def test_images_are_routed_in_chunks_only_for_inference_with_the_convolution_for
     monkeypatch.setattr(
         ops, "routing", lambda *a, **k: sizes.append(a[0].shape[0]) or routing(*a, **k)
     )
-    assert_close(network.outputs(batch, inference=inference).capsules, expected)
-    assert sizes == ([16, 16] if inference and conv == "dft" else [32])
+    assert_close(network.outputs(batch, compile_part=compile_part).capsules, expected)
+    assert sizes == ([16, 16] if compile_part and conv == "dft" else [32])
+
+
+def compiler(conv):
+    return functools.partial(tf.function, jit_compile=conv == "dft", autograph=False)
 
 
 @pytest.mark.parametrize("conv", ops.CONV_METHODS)
 def test_inference_with_spectra_gives_the_outputs_of_training(rng, conv):
     network, batch = random_network(rng, conv=conv), random_batch(rng, 32, k=2)
-    infer = tf.function(
-        lambda spectra: network.outputs(batch, spectra, inference=True), jit_compile=conv == "dft"
-    )
+    infer = tf.function(lambda spectra: network.outputs(batch, spectra, compiler(conv)))
     training, inference = network.outputs(batch), infer(network.spectra())
     for name, expected in training._asdict().items():
         assert_close(getattr(inference, name), expected)
+
+
+@pytest.mark.parametrize("conv", ops.CONV_METHODS)
+def test_the_largest_product_of_inference_is_between_two_compiled_parts(rng, conv):
+    """By their shapes: images, products in between, and the capsules at the end."""
+    network, parts = random_network(rng, image_shape=(9, 11, 5), conv=conv), []
+
+    def compile_part(function):
+        compiled = compiler(conv)(function)
+
+        def call(argument):
+            parts.append((argument.shape, compiled(argument)))
+            return parts[-1][1]
+
+        return call
+
+    images = random_images(rng, 3, (9, 11, 5))
+    capsules = network.capsules(images, network.spectra(), compile_part)
+    (first, factors), (products, last) = parts
+    assert first == images.shape and last is capsules
+    spectra = network.spectra()
+    assert network.primary.multiply(factors, spectra[1]).shape == products
+    assert_close(capsules, capsules_of(network, images))
 
 
 # --- Moving one dimension of a capsule -----------------------------------------------------------
@@ -320,10 +346,8 @@ def test_tweaks_move_one_dimension_of_the_chosen_capsule_by_a_quarter_in_steps_o
 # --- Mixed precision -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conv", ops.CONV_METHODS)
-def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(rng, monkeypatch, conv):
-    exact = random_network(rng, conv=conv)
-    mixed = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16")
+def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(rng, monkeypatch):
+    exact, mixed = random_network(rng), CapsNet(**TINY, dtype="mixed_bfloat16")
     mixed.set_weights(exact.get_weights())
     routed, routing = [], ops.routing
     monkeypatch.setattr(
@@ -347,14 +371,27 @@ def test_in_mixed_precision_norms_routing_losses_and_weights_stay_float32(rng, m
     assert np.abs(outputs.lengths - expected.lengths).max() > 0
 
 
-@pytest.mark.parametrize("conv", ["direct", "dft"])
-def test_in_mixed_precision_spectra_computed_once_change_nothing(rng, conv):
-    """Nor do 32 images, which are routed in chunks."""
+def test_in_mixed_precision_training_with_products_of_spectra_is_float32(rng):
+    exact = random_network(rng, conv="dft")
+    mixed, batch = CapsNet(**TINY, conv="dft", dtype="mixed_bfloat16"), random_batch(rng, 4)
+    mixed.set_weights(exact.get_weights())
+    for one, other in zip(mixed.outputs(batch), exact.outputs(batch), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("conv, tolerance", [("direct", 1e-5), ("dft", 0.02)])
+def test_in_mixed_precision_inference_has_bfloat16_products_of_spectra(rng, conv, tolerance):
+    """It also routes 32 images in chunks, which changes nothing."""
     network, batch = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16"), random_batch(rng, 32)
-    expected = network.outputs(batch)
-    outputs = network.outputs(batch, network.spectra(), inference=True)
-    assert outputs.lengths.dtype == tf.float32
-    assert_close(outputs.lengths, expected.lengths, 1e-5)
+    network.primary.kernel.assign(5 * network.primary.kernel)
+    expected, spectra = network.outputs(batch), network.spectra()
+    features = network.conv1(composed(batch[0], batch[1], 0)[0])
+    factors = network.primary.prepare(features, spectra[1])
+    assert network.primary.multiply(factors, spectra[1]).dtype == tf.bfloat16
+    outputs = network.outputs(batch, spectra, uncompiled)
+    assert outputs.lengths.dtype == outputs.capsules.dtype == tf.float32
+    assert_close(outputs.lengths, expected.lengths, tolerance)
+    assert conv == "direct" or np.abs(outputs.lengths - expected.lengths).max() > 0
 
 
 def test_in_mixed_precision_all_layers_have_the_policy_of_the_network():

@@ -13,14 +13,15 @@ from model import CapsNet
 
 torch = pytest.importorskip("torch")
 
-from pytorch_capsnet import Variant, calls, shifted  # noqa: E402 - needs torch
+import pytorch_capsnet  # noqa: E402 - needs torch
+from pytorch_capsnet import Options, make_calls, shift  # noqa: E402
 
-VARIANTS = [
-    Variant(),
-    Variant(channels_last=True),
-    Variant(einsum=True),
-    Variant(channels_last=True, einsum=True),
-    Variant(channels_last=True, einsum=True, bfloat16=True),
+OPTIONS = [
+    Options(),
+    Options(channels_last=True),
+    Options(einsum=True),
+    Options(channels_last=True, einsum=True),
+    Options(channels_last=True, einsum=True, bfloat16=True),
 ]
 
 
@@ -53,14 +54,16 @@ def copy_weights(network, copy):
     assert {id(parameter) for parameter in copy.parameters()} == {id(each) for each in pairs}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_variant_computes_the_lengths_and_the_loss_of_this_tool(network, variant):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_with_all_options_it_computes_the_lengths_and_the_loss_of_this_tool(network, options):
     stream = np.random.default_rng(1)
     images = stream.integers(0, 256, (4, 28, 28, 1), np.uint8)
     labels = np.array([3, 1, 4, 1])
-    _, infer, copy = calls(variant, images, labels)
+    copy = pytorch_capsnet.CapsNet(options)
     copy_weights(network, copy)
-    tolerance = 0.02 if variant.bfloat16 else 1e-4
+    inputs = torch.tensor(images.transpose(0, 3, 1, 2)).float() / 255
+    _, infer = make_calls(copy, inputs, torch.eye(10)[labels])
+    tolerance = 0.02 if options.bfloat16 else 1e-4
     x = images / np.float32(255)
     lengths, capsules = network(x)
     np.testing.assert_allclose(infer(), lengths, atol=tolerance)
@@ -72,19 +75,21 @@ def test_every_variant_computes_the_lengths_and_the_loss_of_this_tool(network, v
     ) + config.TrainingConfig().reconstruction_weight * (
         tf.reduce_mean(ops.reconstruction_loss(x[:, None], reconstructions))
     )
-    with torch.autocast("cpu", torch.bfloat16, enabled=variant.bfloat16):
-        there = copy.loss(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(targets.numpy()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+        there = copy.loss(inputs, torch.eye(10)[labels])
     assert there.item() == pytest.approx(loss.numpy(), rel=tolerance)
 
 
 def test_a_step_lowers_the_loss_and_shifts_move_whole_images():
     images = np.zeros((8, 28, 28, 1), np.uint8)
     images[:, 10:18, 12:16] = 255
-    train, _, _ = calls(Variant(einsum=True), images, np.arange(8) % 2)
+    x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
+    train, _ = make_calls(
+        pytorch_capsnet.CapsNet(Options(einsum=True)), x, torch.eye(10)[[0, 1] * 4]
+    )
     losses = [train() for _ in range(30)]
     assert losses[-1] < losses[0]
-    x = torch.tensor(images).permute(0, 3, 1, 2).float()
-    for before, after in zip(x, shifted(x), strict=True):
+    for before, after in zip(x, shift(x), strict=True):
         assert any(
             torch.equal(torch.roll(before, (dy, dx), (1, 2)), after)
             for dy in range(-2, 3)

@@ -250,6 +250,30 @@ def test_gpus_convolve_directly_and_processors_by_spectra(monkeypatch, gpus, met
     assert runtime.fastest_conv() == method
 
 
+@pytest.mark.parametrize(
+    "flags, units",
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", ["AMX", "AVX512-BF16"]),
+        ("fpu avx512f avx512_bf16", ["AVX512-BF16"]),
+        ("fpu avx512f amx_tile", []),
+    ],
+)
+def test_units_for_bfloat16_are_named_by_the_flags_of_the_processor(monkeypatch, flags, units):
+    cpuinfo = f"model name\t: amx_bf16\nflags\t\t: {flags}\nbugs\t: none\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    assert runtime.bfloat16_units() == units
+    monkeypatch.setattr(Path, "read_text", lambda self: "Features\t: bf16\n")
+    assert runtime.bfloat16_units() == []
+
+
+def test_a_system_that_says_nothing_about_its_processor_has_no_units_for_bfloat16(monkeypatch):
+    def absent(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert runtime.bfloat16_units() == []
+
+
 # --- Provenance -----------------------------------------------------------------------------------
 
 
@@ -262,27 +286,6 @@ def test_the_machine_is_named_with_its_processor_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(names))
     monkeypatch.setattr(tf.config.experimental, "get_device_details", names.get)
     assert runtime.machine() == "Fast: 3000 (3 cores), A100, GPU"
-
-
-def test_bfloat16_units_are_read_from_the_flags_of_the_processor(monkeypatch):
-    flags = ""
-
-    def read_text(path):
-        assert str(path) == "/proc/cpuinfo"
-        return f"processor\t: 0\nflags\t\t: avx2{flags} fma\n" * 2
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert runtime.bfloat16_units() == []
-    flags = " avx512_bf16 avx512_bf16x"
-    assert runtime.bfloat16_units() == ["AVX512-BF16"]
-    flags = " avx512_bf16 amx_tile amx_bf16 amx_int8"
-    assert runtime.bfloat16_units() == ["AMX", "AVX512-BF16"]
-
-    def fail(path):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", fail)
-    assert runtime.bfloat16_units() == []
 
 
 def test_a_processor_without_cpuinfo_has_the_name_that_python_knows(monkeypatch):

@@ -168,12 +168,16 @@ def test_convolution_and_compiler_suit_the_device_unless_flags_choose_them(
     assert given["jit"] is jit
 
 
-def test_half_precision_is_for_accelerators_only(few, monkeypatch):
+def test_half_precision_needs_an_accelerator_or_a_processor_with_units_for_it(few, monkeypatch):
     word = "--precision=mixed_bfloat16"
     monkeypatch.setattr(runtime, "has_gpu", lambda: False)
-    with pytest.raises(UsageError, match="expected --precision=float32"):
+    monkeypatch.setattr(runtime, "bfloat16_units", lambda: [])
+    with pytest.raises(UsageError, match="AMX or AVX512-BF16.*expected --precision=float32"):
         session_of(*FAST, word)
     assert session_of(*FAST).network.dtype_policy.name == "float32"
+    monkeypatch.setattr(runtime, "bfloat16_units", lambda: ["AMX"])
+    assert session_of(*FAST, word).network.dtype_policy.name == "mixed_bfloat16"
+    monkeypatch.setattr(runtime, "bfloat16_units", lambda: [])
     monkeypatch.setattr(runtime, "has_gpu", lambda: True)
     assert session_of(*FAST, word).network.dtype_policy.name == "mixed_bfloat16"
 

@@ -286,8 +286,8 @@ def test_a_capsule_network_gets_the_gradient_of_margin_plus_weighted_reconstruct
 class StepNetwork(TinyNetwork):
     """A network whose entropy is the number of the step that it is told."""
 
-    def outputs(self, batch, spectra=None, inference=False, step=None):
-        outputs = super().outputs(batch, spectra, inference, step)
+    def outputs(self, batch, spectra=None, compile_part=None, step=None):
+        outputs = super().outputs(batch, spectra, compile_part, step)
         number = -1.0 if step is None else tf.cast(step, tf.float32)
         return outputs._replace(entropy=0 * outputs.entropy + number)
 

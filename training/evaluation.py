@@ -36,15 +36,12 @@ class Evaluator:
 
     def __init__(self, network, jit, strategy=None):
         self.strategy = strategy or tf.distribute.get_strategy()
-        self._spectra = tf.function(lambda: run(network.spectra), autograph=False)
 
-        def run(function, *arguments):
-            compiled = tf.function(function, jit_compile=jit, autograph=False)
-            # A lambda, because `run` would make one program of all replicas of a tf.function.
-            return self.strategy.run(lambda *parts: compiled(*parts), arguments)
+        def compile_part(function):
+            return tf.function(function, jit_compile=jit, autograph=False)
 
         def select(batch, spectra):
-            outputs = network.outputs(batch, spectra, inference=True)
+            outputs = network.outputs(batch, spectra, compile_part)
             return {
                 "scores": outputs.scores,
                 "predictions": outputs.predictions,
@@ -54,9 +51,12 @@ class Evaluator:
 
         @tf.function(autograph=False)
         def forward(batch, spectra):
-            outputs = run(select, batch, spectra)
+            outputs = self.strategy.run(select, (batch, spectra))
             return tf.nest.map_structure(lambda value: self.strategy.gather(value, 0), outputs)
 
+        spectra = compile_part(network.spectra)
+        # A lambda in `run`, which would make one program of all replicas of a tf.function.
+        self._spectra = tf.function(lambda: self.strategy.run(lambda: spectra()), autograph=False)
         self._forward = forward
 
     def evaluate(self, data, plan, on_batch=None):

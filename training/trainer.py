@@ -1,7 +1,7 @@
 """The training loop: when to log, validate, save and stop.
 
 A network that can be trained has:
-    outputs(batch, spectra=..., inference=..., step=...): a NamedTuple with scores (B, J),
+    outputs(batch, spectra=..., compile_part=..., step=...): a NamedTuple with scores (B, J),
         predictions (B, K) and correct (B,).
     loss_names, loss_terms(outputs): the terms of the loss; a dict of name to (B,).
     spectra(): what depends on the weights only, computed once for many calls.
