@@ -8,7 +8,7 @@ MULTI_PADDING = 4  # pixels around a digit of MultiMNIST: 28×28 becomes 36×36 
 DIGITS = tuple("0123456789")
 
 
-VARIANTS = ("paper", "authors")  # of the network: as in the paper, or in the authors' public code
+VARIANTS = ("paper", "authors")  # the network of the paper, or of the authors' public code
 
 
 class NetworkConfig(NamedTuple):
@@ -18,8 +18,8 @@ class NetworkConfig(NamedTuple):
     n_primary: int = 32  # types of primary capsules
     primary_dim: int = 8
     digit_dim: int = 16
-    routing_iterations: int = 3  # of procedure 1
-    kernel_size: int = 9  # pixels, of both convolutions
+    routing_iterations: int = 3  # in procedure 1
+    kernel_size: int = 9  # pixels, in both convolutions
     decoder_units: tuple = (512, 1024)  # widths of the hidden layers
     variant: str = "paper"  # one of VARIANTS
 
@@ -29,10 +29,10 @@ class TrainingConfig(NamedTuple):
 
     seed: int = 0
     batch_size: int = 64
-    learning_rate: float = 0.001  # of Adam, at the first step
+    learning_rate: float = 0.001  # initial (Adam)
     decay_rate: float = 0.7  # factor of the learning rate in each `decay_steps` steps
     decay_steps: int = 1000
-    reconstruction_weight: float = 0.0005  # of the summed squared pixel errors (section 4.1)
+    reconstruction_weight: float = 0.0005  # weight of the summed squared pixel errors (section 4.1)
     averaging: float = 0.99  # momentum of the running averages of the weights; 0: no averages
 
     def total_loss(self, terms):
@@ -86,7 +86,7 @@ RECIPES = {
         "data_deformation": True,
     },
 }
-# What the authors' public code does otherwise with overlapping digits. It shifts them by up to 6
+# What differs in the authors' public code for overlapping digits. It shifts them by up to 6
 # pixels on 36×36, where parts of them are cut off. The paper says 4.
 AUTHORS_MULTI_MNIST = {"decay_steps": 20000, "multi_shift": 6}
 # The schedule of MultiMNIST, for an hour on two cores. Of the values tried in shorter trainings,

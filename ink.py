@@ -14,14 +14,14 @@ from scipy import ndimage
 from utils import edge_pixels, evenly
 
 WORKING_SIZE = 400  # pixels of the longer side at which ink is looked for
-MARGIN = 0.25  # of the ink's longer side, around it, when it is looked at more closely
+MARGIN = 0.25  # share of the ink's longer side that is kept around it for a closer look
 FAINTEST = 12 / 255  # contrast of ink and paper; less is no ink
-WINDOW = 0.4  # of the longer side: strokes narrower than this are not part of the paper
+WINDOW = 0.4  # share of the longer side: strokes narrower than this are not part of the paper
 LEAST_AREA = 6  # pixels; less is noise, even on a blank page
-SPECK = 0.04  # of the ink of the largest part; less is a speck
-VISIBLE = 0.2  # of the contrast of ink: where its bounding box ends
+SPECK = 0.04  # share of the largest part's ink; less is a speck
+VISIBLE = 0.2  # share of the ink's contrast at which its bounding box ends
 LEAST_IMAGES = 10  # that show a style
-THICKEST = 0.25  # of the box; wider than this, the items of a data set are not strokes
+THICKEST = 0.25  # share of the box; wider than this, the items of a data set are not strokes
 
 
 class InkStyle(NamedTuple):

@@ -115,11 +115,12 @@ def describe_problem(error, names):
     if isinstance(error, flags.IllegalFlagValueError):
         given, _, problem = str(error).removeprefix("flag ").rpartition(": ")
         if choices := re.fullmatch(r"value should be one of <(.*)>", problem):
-            problem = "expected " + choices[1].replace("|", ", ")
+            *others, last = choices[1].split("|")
+            problem = f"expected {', '.join(others)} or {last}"
         elif "Non-boolean" in problem:
             problem = "expected True or False"
         return " ".join(f"{given}: {problem}".split())
-    return text
+    return text.removeprefix("ERROR:: ")
 
 
 def see_help(problem):

@@ -60,7 +60,7 @@ class Session:
         name = datasets.dataset_name(flags.dataset)
         self.name = f"multi_{name}" if flags.multi_MNIST else name
         self.folders = self._name_folders()
-        self.metadata = None  # of the weights, once they are loaded
+        self.metadata = None  # that of the weights, once they are loaded
 
     @functools.cached_property
     def dataset(self):

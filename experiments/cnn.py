@@ -13,7 +13,7 @@ class Architecture(NamedTuple):
     """Layers of a CNN: convolutions with stride 1 and the same padding, then hidden layers."""
 
     convolutions: tuple  # (filters, kernel size, whether 2×2 max-pooling follows) of each
-    widths: tuple  # of the hidden layers
+    widths: tuple  # those of the hidden layers
     dropout: float  # share of the last hidden layer that is dropped in training
 
 

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     """A row of the paper's table 1."""
 
     method: str
-    iterations: int | None  # of routing
+    iterations: int | None  # routing iterations
     reconstructs: bool | None
     paper: dict  # data set -> test error in percent, and where given the deviation of three trials
 

@@ -21,7 +21,7 @@ from training.events import read_scalars
 from training.folders import Folders
 from training.trainer import Trainer
 
-CHECKS = 2  # of the accuracy at which to stop, in an epoch
+CHECKS = 2  # times in an epoch that the accuracy is checked
 TOLERANCE = 1e-9  # 99.23 / 100 is a little more than 9923 / 10000
 # Errors of a training against which its folder can be removed.
 CURED_BY_REMOVAL = (

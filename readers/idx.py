@@ -21,7 +21,7 @@ CLASS_NAMES = {
     "kmnist": tuple(_KMNIST.split(",")),
 }
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images
-_MAX_EXPANSION = 1032  # of deflate: at best two bits for a run of 258 bytes
+_MAX_EXPANSION = 1032  # limit of deflate: at best two bits for a run of 258 bytes
 
 
 def read_idx(path, dataset=None):

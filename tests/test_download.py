@@ -440,7 +440,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path, target, s
 def test_a_read_only_folder_is_one_line(server):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
-        nobody = "import os; os.geteuid() or os.seteuid(65534)"
+        # argparse imports locale late, when the Python of another user may be unreadable.
+        nobody = "import locale, os; os.geteuid() or os.seteuid(65534)"
         args = ("mnist", f"--data_dir={folder}", f"--mirror={server.url}ok/")
         assert "Permission denied" in failure(script(*args, setup=nobody))
         assert os.listdir(folder) == []

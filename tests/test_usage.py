@@ -70,7 +70,7 @@ def parse(*words):
         parser = usage.NumberParser(kind)
         flags.DEFINE(parser, name, kind(1), "", flag_values=values, serializer=serializer)
     flags.DEFINE_boolean("train", False, "", flag_values=values)
-    flags.DEFINE_enum("conv", "dft", ["dft", "direct"], "", flag_values=values)
+    flags.DEFINE_enum("conv", "dft", ["auto", "dft", "direct"], "", flag_values=values)
     values(["x", *words])
     return values
 
@@ -83,11 +83,15 @@ def parse(*words):
         (["--epoch="], "--epoch=: expected a whole number"),
         (["--rate=a: b\n"], "--rate=a: b : expected a number"),
         (["--train=maybe"], "--train=maybe: expected True or False"),
-        (["--conv=fft"], "--conv=fft: expected dft, direct"),
+        (["--conv=fft"], "--conv=fft: expected auto, dft or direct"),
         (["--epoch"], "--epoch has no value, expected --epoch=VALUE"),
         (["--epochs=3"], "unknown flag --epochs, did you mean --epoch?"),
         (["--zzz"], "unknown flag --zzz"),
         (["--notrain=True"], "--notrain=True does not take an argument"),
+        (
+            ["--flagfile=/nowhere"],
+            "Unable to open flagfile: [Errno 2] No such file or directory: '/nowhere'",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_command_line_is_said_in_one_line(words, problem):
