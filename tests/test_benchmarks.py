@@ -671,6 +671,8 @@ def test_starts_are_measured_without_and_with_a_cache_that_an_earlier_one_filled
 def test_the_parts_of_a_start_end_with_a_trained_step(tiny, monkeypatch):
     data = timing.load_digits(64)
     monkeypatch.setattr(timing, "load_digits", lambda: data)
+    quick = functools.partial(timing.make_trainer, conv="direct", jit=False)
+    monkeypatch.setattr(timing, "make_trainer", quick)
     parts = startup.parts()
     assert len(parts) == 6 and all(seconds >= 0 for seconds in parts.values())
 
