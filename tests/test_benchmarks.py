@@ -21,6 +21,7 @@ import pytorch_baseline
 import scaling
 import scaling_out
 import speed
+import startup
 import timing
 
 import config
@@ -642,6 +643,55 @@ def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
     gradient = module.conv1.weight.grad.numpy().transpose(2, 3, 1, 0)
     scale = np.abs(kernel_gradient).max()
     np.testing.assert_allclose(gradient, kernel_gradient, atol=2 * exactness * scale)
+
+
+# --- Start ----------------------------------------------------------------------------------------
+
+# A program that says how it was called, and then waits to be ended.
+WAITING = """
+import os, sys, time
+print("Reading", *sys.argv[1:], os.environ.get("TF_XLA_FLAGS", "-"))
+print("Epoch 1/10 step 1/9: and more")
+time.sleep(60 if "--wait" in sys.argv else 0)
+"""
+
+
+def test_the_wait_for_a_line_ends_with_it(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text(WAITING)
+    monkeypatch.setattr(startup.runtime, "ROOT", tmp_path)
+    assert 0 < startup.seconds_until(["--wait"], "Epoch 1/", tmp_path) < 30
+    cache = startup.xla_cache("/a/folder")
+    assert startup.seconds_until(["--wait"], "Reading --wait -\n", tmp_path) > 0
+    with_cache = "Reading --wait --tf_xla_persistent_cache_directory=/a/folder "
+    assert startup.seconds_until(["--wait"], with_cache, tmp_path, **cache) > 0
+    with pytest.raises(RuntimeError, match="--ends ended without a line that begins 'Epoch 2/'"):
+        startup.seconds_until(["--ends"], "Epoch 2/", tmp_path)
+
+
+def test_starts_are_measured_without_and_with_a_cache_that_an_earlier_one_filled(monkeypatch):
+    calls = []
+
+    def seconds_until(words, beginning, folder, **environment):
+        assert os.listdir(folder) == [] and beginning
+        calls.append((words, environment.get("TF_XLA_FLAGS", "")))
+        return float(len(calls))
+
+    monkeypatch.setattr(startup, "seconds_until", seconds_until)
+    seconds = startup.measure(2)
+    assert [bool(cache) for _, cache in calls] == [False, True] * 6
+    assert len({cache for _, cache in calls if cache}) == 1
+    train, predict = seconds.values()
+    assert train.tolist() == [[5, 6], [9, 10]] and predict.tolist() == [[7, 8], [11, 12]]
+    assert startup.row("a start", train) == ["a start", "7.00", "8.00"]
+
+
+def test_the_parts_of_a_start_end_with_a_trained_step(tiny, monkeypatch):
+    data = timing.load_digits(64)
+    monkeypatch.setattr(timing, "load_digits", lambda: data)
+    quick = functools.partial(timing.make_trainer, conv="direct", jit=False)
+    monkeypatch.setattr(timing, "make_trainer", quick)
+    parts = startup.parts()
+    assert len(parts) == 6 and all(seconds >= 0 for seconds in parts.values())
 
 
 # --- Kills ----------------------------------------------------------------------------------------

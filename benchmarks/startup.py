@@ -1,0 +1,126 @@
+"""Time from the command to the first trained step, and to the first answer of `--predict`.
+
+    python benchmarks/startup.py [--rounds=3]
+
+Each time is that of a new process of main.py, until it prints what is waited for. XLA's cache of
+compiled programs is an option of TensorFlow that the program does not switch on; here it holds what
+an earlier process compiled. The table of the parts has the times of one process.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import timing
+
+import runtime
+
+TRAIN = ["--train", "--data_deformation"]
+PREDICT = ["--pretrained", f"--predict={runtime.ROOT / 'assets' / 'digits' / '3.png'}"]
+# What is waited for: the words of a command line, and the beginning of the line that ends the wait.
+COMMANDS = {
+    "first trained step": (TRAIN, "Epoch 1/"),
+    "first answer of --predict": (PREDICT, PREDICT[-1].split("=")[1]),
+}
+
+
+def seconds_until(words, beginning, folder, **environment):
+    """Return the seconds from the start of main.py until it prints a line that begins so.
+
+    Args:
+        words: of the command line.
+        beginning: of the line.
+        folder: to work in.
+        **environment: variables.
+
+    Raises:
+        RuntimeError: the program ended before.
+    """
+    command = [sys.executable, str(runtime.ROOT / "main.py"), *words]
+    began = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith(beginning):
+                    return time.perf_counter() - began
+        finally:
+            process.kill()
+    raise RuntimeError(f"main.py {' '.join(words)} ended without a line that begins {beginning!r}")
+
+
+def xla_cache(folder):
+    """Return the variable that makes XLA keep what it compiles for CPUs in a folder."""
+    return {
+        "TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={folder} "
+        "--tf_xla_persistent_cache_device_types=CPU"
+    }
+
+
+def measure(rounds):
+    """Measure all commands in turn, each in an empty folder.
+
+    Returns:
+        Seconds by the name of what is waited for, (rounds, 2): without XLA's cache and with it.
+    """
+    seconds = {name: [] for name in COMMANDS}
+    with tempfile.TemporaryDirectory() as cache:
+        for round_number in range(rounds + 1):  # the first one fills the caches
+            for name, (words, beginning) in COMMANDS.items():
+                pair = []
+                for environment in ({}, xla_cache(cache)):
+                    with tempfile.TemporaryDirectory() as folder:
+                        pair.append(seconds_until(words, beginning, folder, **environment))
+                if round_number:
+                    seconds[name].append(pair)
+    return {name: np.array(pairs) for name, pairs in seconds.items()}
+
+
+def parts():
+    """Return the seconds of the parts of a start until the first trained step, by name."""
+    times = {}
+
+    def timed(name, function, *arguments):
+        began = time.perf_counter()
+        result = function(*arguments)
+        times[name] = time.perf_counter() - began
+        return result
+
+    timed("import of TensorFlow and Keras", runtime.start_tensorflow)
+    data = timed("data set", timing.load_digits)
+    trainer = timed("network and optimizer", timing.make_trainer, data, 64)
+    batch = timed("first batch", timing.first_batch, trainer)
+    timed("trace of the step", trainer.train_step.get_concrete_function, batch)
+    timed("compilation by XLA, and the step", lambda: trainer.train_step(batch).numpy())
+    return times
+
+
+def print_times(flags):
+    """Measure and print the tables."""
+    with timing.new_process(initializer=None, arguments=()) as process:
+        times = process.submit(parts).result()
+    seconds = measure(flags.rounds)
+    print(timing.machine() + "\n", flush=True)
+    timing.print_table(["", "s", "s with XLA's cache"], [row(*each) for each in seconds.items()])
+    timing.print_table(
+        ["part of the start of a training", "s"],
+        [[name, f"{value:.2f}"] for name, value in times.items()],
+    )
+
+
+def row(name, pairs):
+    """Return the cells of what was waited for: the medians of seconds (rounds, 2)."""
+    return [name, *(f"{value:.2f}" for value in np.median(pairs, axis=0))]
+
+
+if __name__ == "__main__":
+    sys.exit(timing.run(sys.argv, __doc__, print_times, rounds=3))
