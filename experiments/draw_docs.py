@@ -16,11 +16,11 @@ those whose dimensions fit their names best.
 
 import csv
 import json
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -243,19 +243,20 @@ def read_table(text, beginning):
 
 
 def draw_speed(page, path):
-    """Draw the tables of docs/performance.md that compare this tool with others as bars."""
-    text = page.read_text(encoding="utf-8")
-    try:
-        direct = read_table(text, "| formulation, batch 64 |")
-        torch = read_table(text, "| | PyTorch ms |")
-    except ValueError:
-        raise UserError(f"{page} lacks a table to draw, expected both comparisons") from None
-    names = [re.sub(r"(:|,) ", r"\1\n", row["formulation, batch 64"]) for row in direct]
-    panels = [("Training step", names, [_number(r["train ms/step"]) for r in direct], "ms")]
-    for row in torch:
-        values = [_number(row["PyTorch ms"]), _number(row["this tool ms"])]
-        title = f"{row[''].capitalize()}"
-        panels.append((title, ["PyTorch", "this tool"], values, "ms"))
+    """Draw the tables of docs/performance.md that compare this tool with PyTorch as bars."""
+    text, panels = page.read_text(encoding="utf-8"), []
+    for title, first in (
+        ("Training step", "train step, with deformation"),
+        ("Inference", "inference"),
+    ):
+        head = f"{first}, batch 64"
+        try:
+            rows = read_table(text, f"| {head} |")
+        except ValueError:
+            raise UserError(f"{page} lacks a table to draw, expected both comparisons") from None
+        rows = [row for row in rows if row[head] != "this tool, mixed_bfloat16"]
+        names = [textwrap.fill(row[head], 24) for row in rows]
+        panels.append((f"{title}, 64 images", names, [_number(row["ms"]) for row in rows], "ms"))
     figures.save_bars(path, panels)
 
 
