@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from errors import UserError, os_advice
 
-# What NumPy raises for a damaged .npz file, or one that is not an .npz file at all.
+# What `open_npz` raises for a damaged .npz file, or one that is not an .npz file at all.
 NPZ_ERRORS = (
     OSError,
     EOFError,
@@ -68,6 +68,14 @@ def write_json(path, obj):
     text = json.dumps(obj, indent=2, default=lambda value: value.tolist())
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def open_npz(path):
+    """Open a .npz file, to be used in a `with` block. Raises one of NPZ_ERRORS."""
+    file = np.load(path)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise TypeError("a single array")
+    return file
 
 
 def write_csv(path, header, rows):

@@ -4,8 +4,6 @@ import contextlib
 import json
 from pathlib import Path
 
-import numpy as np
-
 import utils
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from training.checkpoints import METADATA, differences
@@ -53,7 +51,7 @@ def _open_weights(folder):
         available = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{FILE}"))
         raise NoPretrainedWeights(path.parent.name, ", ".join(available))
     try:
-        with np.load(path) as file:
+        with utils.open_npz(path) as file:
             yield file
     except (KeyError, *utils.NPZ_ERRORS) as error:
         raise UserError(f"{path} is damaged ({error}); put back the original") from None

@@ -6,7 +6,7 @@ import numpy as np
 
 from errors import UserError
 from readers.dataset import Dataset
-from utils import NPZ_ERRORS, printable, to_uint8
+from utils import NPZ_ERRORS, open_npz, printable, to_uint8
 
 _MAX_CLASSES = 1000  # more are probably a mistake in the labels
 # Values of white in whole numbers: bits, sums of 4×4 bits, bytes, 16 bits.
@@ -38,7 +38,7 @@ def _load_arrays(path):
     """Load the four arrays of a .npz file."""
     expected = "expected x_train, y_train, x_test and y_test as numpy.savez writes them"
     try:
-        with np.load(path) as file:  # TypeError: a single array
+        with open_npz(path) as file:
             names = ("x_train", "y_train", "x_test", "y_test")
             return {name: np.asarray(file[name]) for name in names}
     except FileNotFoundError:

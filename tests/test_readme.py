@@ -133,6 +133,11 @@ def test_the_figures_of_the_readme_are_those_of_the_results_and_of_the_benchmark
     headline = re.search(r"^\| MNIST, test error \| (.*?)%", text, re.MULTILINE)[1]
     pairs = re.search(r"^\| MultiMNIST.*? \| (.*?)%", text, re.MULTILINE)[1]
     assert {headline, pairs} <= set(errors)
-    here, torch = re.search(r"training step.*\| ([\d,]+) ms \|.*\| ([\d,]+) ms", text).groups()
-    compared = re.search(r"^\| train step.*$", performance, re.MULTILINE)[0]
-    assert here in compared and torch.replace(",", "") in compared.replace(",", "")
+    speed = re.search(r"^\| training step.*$", text, re.MULTILINE)[0]
+    compared = performance[performance.index("| train step, with deformation,") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in compared.split("\n")]
+    milliseconds = {name: ms for _, name, ms, *_ in rows}
+    best = "PyTorch, channels_last, einsum, "
+    names = "this tool, float32", "PyTorch, plain", f"{best}torch.compile"
+    numbers = [number.replace(",", "") for number in re.findall(r"\d[\d,]*(?= ms|, in| \|)", speed)]
+    assert [milliseconds[name] for name in (*names, f"{best}bfloat16, torch.compile")] == numbers

@@ -462,3 +462,13 @@ def test_a_dark_image_of_many_bits_is_dark_if_its_format_says_what_white_is(
 )
 def test_a_name_is_shown_without_controls_and_bytes_that_are_no_text(name, shown):
     assert utils.printable(name) == shown
+
+
+def test_a_single_array_is_no_npz_file_whatever_the_version_of_python(tmp_path):
+    with open(tmp_path / "single.npz", "wb") as file:
+        np.save(file, np.arange(3))
+    with pytest.raises(TypeError, match="a single array"):
+        utils.open_npz(tmp_path / "single.npz")
+    np.savez(tmp_path / "several.npz", x=np.arange(3))
+    with utils.open_npz(tmp_path / "several.npz") as file:
+        assert file["x"].tolist() == [0, 1, 2]
