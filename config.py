@@ -7,7 +7,8 @@ MULTI_SHIFT = 4  # pixels, the largest shift of each digit of an overlapping pai
 MULTI_PADDING = 4  # pixels around a digit of MultiMNIST: 28×28 becomes 36×36 (section 6)
 DIGITS = tuple("0123456789")
 
-
+# Modes that need the images of the data set. For the others the weights say all that is needed.
+MODES_WITH_DATA = ("train", "test", "reconstruction_test", "tweak_test")
 VARIANTS = ("paper", "authors")  # the network of the paper, or of the authors' public code
 
 

@@ -669,18 +669,17 @@ def save_length_histogram(path, present, absent):
     return save_figure(path, figure)
 
 
-def save_bars(path, panels, width=9):
+def save_bars(path, panels):
     """Draw horizontal bars with their values, in panels side by side.
 
     Args:
         path: file to write, or None.
         panels: list of (title, names, values, unit).
-        width: in inches.
 
     Returns:
         The pixels, uint8 (H, W, 3).
     """
-    figure, axes = new_figure(len(panels), width=width)
+    figure, axes = new_figure(len(panels), width=9)
     for axis, (title, names, values, unit) in zip(axes, panels, strict=True):
         # The tool's own bar is the last one.
         colors = [_BAR] * (len(values) - 1) + [LINE_COLORS[0]]

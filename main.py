@@ -308,9 +308,7 @@ def is_utf8(name):
 
 def weights_suffice(values):
     """Tell whether no mode needs the data set, and there are weights under its name."""
-    if any(
-        getattr(values, mode) for mode in ("train", "test", "reconstruction_test", "tweak_test")
-    ):
+    if any(getattr(values, mode) for mode in config.MODES_WITH_DATA):
         return False
     name = datasets.dataset_name(values.dataset)
     if values.multi_MNIST:

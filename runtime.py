@@ -375,5 +375,5 @@ def describe_error(error, advice="", several_workers=False):
             "another worker stopped or cannot be reached; start all workers again, they resume "
             "from the last checkpoint"
         )
-    helps = [os_advice(error)] if os_advice(error) else []
-    return "; ".join([reason(error), *helps, "earlier checkpoints are unchanged"])
+    parts = reason(error), os_advice(error), "earlier checkpoints are unchanged"
+    return "; ".join(part for part in parts if part)

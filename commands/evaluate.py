@@ -66,15 +66,16 @@ def digits_right(evaluation):
 
 
 def scores_per_class(evaluation, class_names):
-    """Return precision, recall and F1 of each class; None where one is undefined.
+    """Return accuracy, precision, recall and F1 of each class; None where one is undefined.
 
     A class counts once in an example, wherever its digit is in a pair. The recall is undefined for
     a class that is not in the test, the precision for one that is never predicted, and F1, twice
-    the hits over present and predicted together, where a class is neither.
+    the hits over present and predicted together, where a class is neither. The accuracy of a class
+    is its recall.
 
     Returns:
-        Dict of `precision_per_class`, `recall_per_class` and `f1_per_class`, each a dict by class
-        name.
+        Dict of `accuracy_per_class`, `precision_per_class`, `recall_per_class` and `f1_per_class`,
+        each a dict by class name.
     """
     precision, recall, f1 = {}, {}, {}
     for number, name in enumerate(class_names):

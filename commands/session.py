@@ -22,8 +22,6 @@ from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
 from training.folders import Folders, claim
 
-# Modes that need the images of the data set; for the others the weights say all that is needed.
-MODES_WITH_DATA = ("train", "test", "reconstruction_test", "tweak_test")
 # Modes that write to the run's log folder, or read its events.
 MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
 
@@ -172,7 +170,7 @@ class Session:
         Raises:
             UserError: there are none, or they do not fit the network or the classes.
         """
-        needs_data = any(getattr(self.flags, mode) for mode in MODES_WITH_DATA)
+        needs_data = any(getattr(self.flags, mode) for mode in config.MODES_WITH_DATA)
         if not needs_data:
             self._fit_network_to_weights()
         if self.flags.pretrained:
@@ -208,7 +206,8 @@ class Session:
         """Compare the data set with that of the weights.
 
         Raises:
-            UserError: the classes are others.
+            UserError: the classes are others, some test images were trained on, or the images were
+                not inverted in training.
         """
         trained_names, names = self._trained("class_names"), list(self.dataset.class_names)
         if trained_names not in (None, names):

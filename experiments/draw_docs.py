@@ -4,8 +4,8 @@
 
 Draws what the weights that come with the program give (all 10,000 test images are tested), and what
 results/experiments and the tables of docs/performance.md hold. Runs docs/tour.ipynb and saves it
-with its outputs. The learning curve, overlapping
-digits and TensorBoard need whole trainings; docs/results.md has their commands.
+with its outputs. The learning curve, overlapping digits and TensorBoard need whole trainings;
+docs/results.md has their commands.
 
 A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
 of the ink are measured in the reconstructions while one dimension is changed. A name goes to the

@@ -120,7 +120,7 @@ def _list_files(folder):
             "shown; rename their folders"
         )
     files = {split: _files_of(place, names, skipped) for split, place in splits.items()}
-    return names, files, +skipped
+    return names, files, +skipped  # without the kinds of which there are none
 
 
 def _innermost(folder):

@@ -18,7 +18,7 @@ PAGES = [
     *sorted((ROOT / "pretrained").glob("*/README.md")),
     *sorted((ROOT / "data").glob("*/README.md")),
 ]
-# Turns of phrase that are not English, or that say less than a plain word.
+# Phrases that read like a translation; no page may use them.
 BANNED = ("anew", "goes on", "one's own", "for want of", "made of", "stands twice", "beside")
 
 

@@ -106,11 +106,9 @@ class Checkpoints:
                 for path in self.folder.glob(f"ckpt-{step}.*"):
                     path.unlink()
         except (tf.errors.OpError, OSError) as error:
-            helps = f"{os_advice(error)}; " if os_advice(error) else ""
-            raise UserError(
-                f"cannot save to {self.folder}: {reason(error)}; {helps}the checkpoints there are "
-                "intact: the same command resumes from them"
-            ) from error
+            intact = "the checkpoints there are intact: the same command resumes from them"
+            parts = f"cannot save to {self.folder}: {reason(error)}", os_advice(error), intact
+            raise UserError("; ".join(part for part in parts if part)) from error
 
     def _write_list(self, steps):
         """Write TensorFlow's list of checkpoints, for steps that begin with the newest."""
