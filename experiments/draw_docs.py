@@ -10,8 +10,8 @@ docs/results.md has their commands.
 A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
 of the ink are measured in the reconstructions while one dimension is changed. A name goes to the
 dimension that changes this property much, compared with how much it differs between test digits of
-the class, and the others little, as long as the network still reads the digit. The digits shown are
-those whose dimensions fit their names best.
+the class, and the others little, as long as the network still reads the digit. Among the first test
+images of each class, those are shown whose dimensions fit their names best.
 """
 
 import csv
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from command_line import DATA_DIR, Flag, path_name, run_script
@@ -33,6 +34,8 @@ import utils
 from errors import UserError
 
 SHOWN = 3  # digits in the animation
+TRIED = 10  # test images of a class, one of which may be shown
+LEGIBLE = 0.5  # least length of the capsule of a digit that can be read
 PROPERTIES = ("slant", "thickness", "width", "height", "position")
 RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
 MEASURED = 300  # test digits of a class, for the spread of a property
@@ -111,39 +114,54 @@ def spread_of(images):
 # --- Pictures of the pretrained network -----------------------------------------------------------
 
 
+class Sweep(NamedTuple):
+    """A digit, and the dimensions of its capsule that have a name."""
+
+    number: int  # of the test image
+    swept: np.ndarray  # (dims, S, H, W, C), reconstructions while each dimension is changed
+    dimensions: np.ndarray  # (5,), one for each of PROPERTIES
+    fit: float  # how well the worst of them fits its name
+
+
+def sweep_digit(network, mnist, digit):
+    """Return the Sweep that fits best of the first TRIED test images of a class."""
+    examples = mnist.x_test[mnist.y_test == digit]
+    numbers = np.flatnonzero(mnist.y_test == digit)[:TRIED]
+    _, capsules = network(mnist.x_test[numbers] / np.float32(255))
+    swept = np.asarray(network.tweak(np.asarray(capsules), np.full(len(numbers), digit)))
+    lengths, _ = network(swept[:, :, [0, -1]].reshape(-1, *swept.shape[3:]))
+    lengths = np.asarray(lengths).reshape(len(swept), len(numbers), 2, -1)
+    is_longest = lengths.argmax(axis=-1) == digit
+    legible = (is_longest & (lengths[..., digit] > LEGIBLE)).all(axis=-1)  # (dims, images)
+    spread = spread_of(examples[:MEASURED, ..., 0] / 255)
+    sweeps = []
+    for image, number in enumerate(numbers):
+        named = name_dimensions(swept[:, image, ..., 0], spread, legible[:, image])
+        sweeps.append(Sweep(number, swept[:, image], *named))
+    return max(sweeps, key=lambda sweep: sweep.fit)
+
+
 def draw_capsules(network, mnist, output):
     """Draw digits with the named dimensions of their capsules changed; return the files."""
     from model import TWEAKS
 
-    classes = np.arange(len(mnist.class_names))
-    numbers = np.array([np.flatnonzero(mnist.y_test == digit)[0] for digit in classes])
-    _, capsules = network(mnist.x_test[numbers] / np.float32(255))
-    swept = network.tweak(np.asarray(capsules), classes)  # (D, digits, S, H, W, 1)
-    lengths, _ = network(swept[:, :, [0, -1]].reshape(-1, *swept.shape[3:]))
-    read = np.argmax(lengths, axis=1).reshape(len(swept), len(classes), 2)
-    legible = (read == classes[:, None]).all(axis=-1)  # (D, digits)
-    named, fits = [], []
-    for digit in classes:
-        examples = mnist.x_test[mnist.y_test == digit][:MEASURED, ..., 0] / 255
-        arguments = swept[:, digit, ..., 0], spread_of(examples), legible[:, digit]
-        dimensions, fit = name_dimensions(*arguments)
-        named.append(dimensions)
-        fits.append(fit)
-    best = np.argsort(fits)[::-1]
-    shown = np.sort(best[:SHOWN])
+    sweeps = [sweep_digit(network, mnist, digit) for digit in range(len(mnist.class_names))]
+    best = sorted(sweeps, key=lambda sweep: sweep.fit, reverse=True)[:SHOWN]
+    shown = sorted(best, key=lambda sweep: mnist.y_test[sweep.number])
     captions = [
         [
-            ("original", f"no. {numbers[digit]}"),
-            *((name, f"dim {dim}") for name, dim in zip(PROPERTIES, named[digit], strict=True)),
+            ("original", f"no. {sweep.number}"),
+            *((name, f"dim {d}") for name, d in zip(PROPERTIES, sweep.dimensions, strict=True)),
         ]
-        for digit in shown
+        for sweep in shown
     ]
-    columns = np.stack([swept[named[digit], digit] for digit in shown])
-    originals = mnist.x_test[numbers[shown]]
+    columns = np.stack([sweep.swept[sweep.dimensions] for sweep in shown])
+    originals = mnist.x_test[[sweep.number for sweep in shown]]
     figures.save_named_sweep(output / "sweep.gif", originals, columns, TWEAKS, captions)
     first = best[0]
-    rows = [f"{name} (dim {d})" for name, d in zip(PROPERTIES, named[first], strict=True)]
-    arguments = swept[named[first], first], TWEAKS, mnist.class_names[first], rows
+    rows = [f"{name} (dim {d})" for name, d in zip(PROPERTIES, first.dimensions, strict=True)]
+    name = mnist.class_names[mnist.y_test[first.number]]
+    arguments = first.swept[first.dimensions], TWEAKS, name, rows
     figures.save_tweak_overview(output / "overview.png", *arguments)
     return [output / "sweep.gif", output / "overview.png"]
 

@@ -90,7 +90,7 @@ def test_the_readme_is_short_and_in_its_order():
     order += ["How it works", "Differences from the paper", "Known limits", "Documentation"]
     assert headings == order
     before, _, _ = text.partition("## Quick start")
-    assert "assets/sweep.gif" in before and "Not tested: a GPU" in before
+    assert "assets/sweep.gif" in before and "Not tested on a GPU" in before
     for page in (ROOT / "docs").iterdir():
         assert f"(docs/{page.name})" in text, page
 
