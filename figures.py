@@ -463,7 +463,7 @@ def _signed(number):
 
 def _save_steps(path, title, images, deltas, row_names):
     """Draw images (rows, steps, H, W, C), each column below its delta."""
-    note = "the number above is added; at 0 the capsule as the network found it"
+    note = "the number above each column is added; 0 is the capsule as the network found it"
     above = [_signed(delta) for delta in deltas]
     return _save_examples(path, title, note, images[None], [()], 1, above, row_names)
 
@@ -537,10 +537,10 @@ def save_named_sweep(path, originals, images, deltas, captions):
     """
     digits, columns = np.shape(images)[:2]
     lines = [[(line, _INK) for line in cell] for row in captions for cell in row]
-    note = "each column changes one of the numbers of the digit's capsule"
+    note = "each column changes another dimension"
     pages = []
     for step, delta in enumerate(deltas):
-        title = f"What a capsule holds, changed by {_signed(delta)}"
+        title = f"One dimension of the digit's capsule, changed by {_signed(delta)}"
         swept = np.asarray(images)[:, :, step]
         tiles = np.concatenate([to_uint8(originals)[:, None], to_uint8(swept)], axis=1)
         tiles = tiles.reshape(digits * (1 + columns), 1, 1, *tiles.shape[2:])
@@ -559,12 +559,13 @@ def _save_to_and_fro(path, pages):
 # ---------------------------------------------------------------- curves
 
 
-def new_figure(panels, width=7, **kwargs):
+def new_figure(panels, width=7, height=2.8, **kwargs):
     """Create a Matplotlib figure, which needs no display.
 
     Args:
         panels: number of panels, side by side.
         width: in inches.
+        height: in inches.
         **kwargs: passed to `Figure.subplots`, for example `sharey=True`.
 
     Returns:
@@ -573,7 +574,7 @@ def new_figure(panels, width=7, **kwargs):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((width, 2.8), dpi=_DPI, layout="constrained")
+    figure = Figure((width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False, **kwargs)[0]
 
@@ -679,7 +680,8 @@ def save_bars(path, panels):
     Returns:
         The pixels, uint8 (H, W, 3).
     """
-    figure, axes = new_figure(len(panels), width=9)
+    most = max(len(names) for _, names, *_ in panels)
+    figure, axes = new_figure(len(panels), width=9, height=0.7 + 0.36 * most)
     for axis, (title, names, values, unit) in zip(axes, panels, strict=True):
         # The tool's own bar is the last one.
         colors = [_BAR] * (len(values) - 1) + [LINE_COLORS[0]]

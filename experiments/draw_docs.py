@@ -273,7 +273,7 @@ def draw_speed(page, path):
         except ValueError:
             raise UserError(f"{page} lacks a table to draw, expected both comparisons") from None
         rows = [row for row in rows if row[head] != "this tool, mixed_bfloat16"]
-        names = [textwrap.fill(row[head], 24) for row in rows]
+        names = [textwrap.fill(row[head], 30) for row in rows]
         panels.append((f"{title}, 64 images", names, [_number(row["ms"]) for row in rows], "ms"))
     figures.save_bars(path, panels)
 

@@ -514,7 +514,7 @@ def test_tweak_pages_have_a_row_for_each_digit_or_dimension_and_a_column_for_eac
     row_names = ("Ankle boot", "Bag", "Coat"), ("dim 0", "dim 1", "dim 2")
     steps = "−0.25", "−0.12", "0", "+0.12", "+0.25"
     for page, names in zip(pages, row_names, strict=True):
-        assert "the number above is added" in page.note
+        assert "the number above each column is added" in page.note
         for row, column in np.ndindex(3, 5):
             y, x = row * (112 + SEAM), column * (112 + SEAM)
             assert places(page.contents, images[row, column]) == [(y, x)]
