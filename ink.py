@@ -281,7 +281,7 @@ def _keep_strokes(contrast):
     candidates = contrast[contrast > floor]
     if not candidates.size:
         return None
-    level = np.median(candidates[candidates >= otsu_threshold(candidates)])  # of ink
+    level = np.median(candidates[candidates >= otsu_threshold(candidates)])  # the ink's
     everywhere = np.ones((3, 3))
     parts, count = ndimage.label(contrast > max(floor, 0.35 * level), everywhere)
     numbers = np.arange(1, count + 1)

@@ -49,7 +49,7 @@ class CapsNet(keras.Model):
         n_primary: types of primary capsules.
         primary_dim: dimension of the primary capsules.
         digit_dim: D, dimension of the digit capsules.
-        routing_iterations: of procedure 1.
+        routing_iterations: iterations of procedure 1.
         kernel_size: pixels, of both convolutions.
         decoder_units: widths of the decoder's hidden layers.
         conv: "direct" or "dft", how both convolutions are computed (see `ops.Convolution`).
@@ -189,7 +189,7 @@ class CapsNet(keras.Model):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: of `input_pipeline.batches`.
+            batch: a batch from `input_pipeline.batches`.
             spectra: what `spectra` returned, if no weight has changed since.
             compile_part: as in `capsules`.
             step: number of the training step. Networks that draw random numbers need it; this one

@@ -335,7 +335,7 @@ class DigitCapsules(keras.layers.Layer):
     Args:
         n_capsules: J (paper: 10).
         dim: D (paper: 16).
-        iterations: of routing, at least 1 (paper: 3).
+        iterations: routing iterations, at least 1 (paper: 3).
         use_bias: whether a bias (J, D), at first 0.1, is added to s_j in each iteration, as in the
             authors' public code.
 

@@ -162,7 +162,7 @@ def _deep_grey(image, holds_bytes):
     """Convert grey of 16 bits, or floats from 0 to 1, to uint8 (H, W, 1).
 
     Args:
-        image: of Pillow.
+        image: a Pillow image.
         holds_bytes: whether whole numbers below 256 are bytes in a wide type. In a format whose
             header says what white is, they are a dark image.
     """

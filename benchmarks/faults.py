@@ -237,7 +237,7 @@ def kill_while_saving(folder, dice):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=save_endlessly, args=(folder, sender))
     process.start()
-    sender.close()  # of this process: when the other one is killed, the pipe ends
+    sender.close()  # this process's copy: when the other one is killed, the pipe ends
     receiver.recv()
     began = time.monotonic()
     last = receiver.recv()

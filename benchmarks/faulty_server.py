@@ -22,7 +22,7 @@ GOOD = (MNIST / LABELS).read_bytes()
 WRONG = gzip.compress(bytes(60008))  # as many bytes as the labels have, all zero
 BOMB = gzip.compress(bytes(50_000_000))
 FLOOD_BYTES = 50_000_000  # more than any limit of a client; the end of a flood that nobody stops
-DRIBBLE_BYTES = 500  # of a file sent byte by byte
+DRIBBLE_BYTES = 500  # how much of a file is sent byte by byte
 SECONDS = 20  # after which a silent server gives up
 
 

@@ -3,7 +3,7 @@
     pip install torch
     python benchmarks/pytorch_baseline.py [--rounds=5] [--steps=3] [--batch_size=64]
 
-Each runs in a process of its own, and they take turns. A ratio is the median over the rounds of the
+Each runs in a separate process, and they take turns. A ratio is the median over the rounds of the
 ratios within a round. Training is with data deformation. bfloat16 is measured on processors that
 have units for it, torch.compile where there is a C++ compiler.
 """
@@ -38,7 +38,7 @@ PYTORCH = {
     "PyTorch, einsum, bfloat16, torch.compile": ("einsum", "bfloat16", "compiled"),
 }
 THIS_TOOL = {"this tool, float32": "float32", "this tool, mixed_bfloat16": "mixed_bfloat16"}
-CALLS = {}  # of this process: what to time, by name
+CALLS = {}  # what this process times, by name
 
 
 def contestants(bfloat16, compiler):

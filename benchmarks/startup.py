@@ -31,8 +31,8 @@ def seconds_until(words, beginning, folder, **environment):
     """Return the seconds from the start of main.py until it prints a line that begins so.
 
     Args:
-        words: of the command line.
-        beginning: of the line.
+        words: words of the command line.
+        beginning: how the line begins.
         folder: to work in.
         **environment: variables.
 

@@ -29,7 +29,7 @@ FLAGS = {
     "kills": "kills in training",
     "save_kills": "kills in mid-save",
     "inputs": "mutated files and command lines",
-    "seed": "of what is broken, and when",
+    "seed": "decides what is broken, and when",
 }
 
 

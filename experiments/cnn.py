@@ -138,8 +138,8 @@ class CNN(keras.Model):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: of `input_pipeline.batches`.
-            spectra: of `spectra`, if no weight changed since.
+            batch: a batch from `input_pipeline.batches`.
+            spectra: from `spectra`, if no weight changed since.
             compile_part: compiles a function, if no gradient is wanted: nothing is dropped out.
             step: number of the training step, for the dropout.
 

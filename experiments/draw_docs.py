@@ -117,7 +117,7 @@ def spread_of(images):
 class Sweep(NamedTuple):
     """A digit, and the dimensions of its capsule that have a name."""
 
-    number: int  # of the test image
+    number: int  # the test image's
     swept: np.ndarray  # (dims, S, H, W, C), reconstructions while each dimension is changed
     dimensions: np.ndarray  # (5,), one for each of PROPERTIES
     fit: float  # how well the worst of them fits its name

@@ -17,7 +17,7 @@ class Dataset(NamedTuple):
     notes: tuple[str, ...] = ()  # lines for the user: what was changed in reading
     x_validation: np.ndarray | None = None  # images of its val/ folder, if it has one
     y_validation: np.ndarray | None = None
-    test_files: tuple[str, ...] | None = None  # of a folder, in the order of x_test
+    test_files: tuple[str, ...] | None = None  # image files in a folder, in the order of x_test
     held_out_seed: int | None = None  # that drew the test images, if the folder had none
     inverted: bool = False  # whether light and dark were swapped
     subtracted: tuple[int, ...] | None = None  # colour of the ground that was subtracted

@@ -167,7 +167,7 @@ def _files_of(place, names, skipped):
 
     Args:
         place: folder of the split.
-        names: of the classes.
+        names: class names.
         skipped: Counter that gets what is left out, by its kind.
 
     Raises:
