@@ -78,8 +78,7 @@ def measure(rounds):
 
 
 def parts():
-    """Return the seconds of the parts of a first run until its first trained step, by name."""
-    os.environ["CAPSNET_CACHE"] = ""  # compile
+    """Return the seconds of the parts of a start until the first trained step, by name."""
     times = {}
 
     def timed(name, function, *arguments):
