@@ -113,9 +113,7 @@ class NoPretrainedWeights(UserError):
     """There are no pretrained weights for a data set."""
 
     def __init__(self, name, available):
-        super().__init__(
-            f"no pretrained weights for {name}, there are some for: {available or 'none'}"
-        )
+        super().__init__(f"no pretrained weights for {name}; available: {available or 'none'}")
         self.name, self.available = name, available
 
 

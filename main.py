@@ -247,7 +247,7 @@ def refuse_stray_word(word, pattern):
     """Raise UsageError for a word that is not a flag."""
     if pattern and os.path.exists(word):
         raise UsageError(
-            f"stray word {word!r}: the shell replaced the pattern of --predict by the "
+            f"unexpected argument {word!r}: the shell replaced the pattern of --predict by the "
             "files' names, expected a quoted one, such as --predict='*.png'"
         )
     raise UsageError(usage.stray_word(word, NAMES))

@@ -92,9 +92,9 @@ def stray_word(word, names):
     """Say that a word of a command line is no flag, and which one may be meant."""
     meant = nearest(word, names)
     if meant:
-        return f"stray word {word!r}, did you mean --{meant}?"
+        return f"unexpected argument {word!r}, did you mean --{meant}?"
     return (
-        f"stray word {word!r}, expected only flags: write --flag=value, and --noflag to switch one "
+        f"unexpected argument {word!r}, expected only flags: write --flag=value, and --noflag to switch one "
         "off"
     )
 

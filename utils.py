@@ -235,4 +235,4 @@ def fit_image(image, shape, inverted):
         ground = color[0] if channels == 1 else color
         picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, ground)
         image = np.asarray(picture).reshape(shape)
-    return image, ", ".join(done) or "as it was"
+    return image, ", ".join(done) or "unchanged"

@@ -45,7 +45,7 @@ SMALL_RUN = [
     "--validation_check",
 ]
 PAPER_RUN = ["--train_size=576", "--epoch=2", "--save_steps=2", "--data_deformation"]
-DAMAGES = ("truncated", "flipped byte", "emptied", "removed")
+DAMAGES = ("truncated", "with one byte changed", "emptied", "removed")
 # Faults of the server that a download survives, and those that end it.
 HARMLESS = ("ok", "recovering", "chunked")
 HARMFUL = (
@@ -279,7 +279,7 @@ def damage(path, kind, dice):
     content = bytearray(path.read_bytes())
     if kind == "truncated":
         path.write_bytes(content[: dice.randrange(len(content))])
-    elif kind == "flipped byte":
+    elif kind == "with one byte changed":
         content[dice.randrange(len(content))] ^= 1 + dice.randrange(255)
         path.write_bytes(content)
     elif kind == "emptied":
@@ -482,7 +482,7 @@ def break_everything(flags):
         ),
         ("kills in mid-save: newest checkpoint intact", kills_in_saving, (flags.save_kills,)),
         *(
-            (f"file of the newest checkpoint {kind}: the run resumes", damaged_checkpoints, (kind,))
+            (f"newest checkpoint {kind}: the run resumes", damaged_checkpoints, (kind,))
             for kind in DAMAGES
         ),
         ("faults of a download server", bad_downloads, ()),

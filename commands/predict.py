@@ -169,7 +169,7 @@ def place_ink(image, style, shape):
         uint8 (H, W, 1), and in words what was done; (None, None) if there is no ink.
     """
     if image.shape == tuple(shape):
-        for alike, done in (image, "as it was"), (255 - image, "inverted"):
+        for alike, done in (image, "unchanged"), (255 - image, "inverted"):
             if ink.follows(alike, style):
                 return alike, done
     isolated = ink.isolate(image)

@@ -251,7 +251,7 @@ def test_pretrained_weights_are_tested_by_the_same_commands(tmp_path, exported, 
     monkeypatch.setattr(runtime, "ROOT", tmp_path)
     (tmp_path / "pretrained").mkdir()
     refusal = run(tmp_path, "--test", "--pretrained", *FAST)
-    assert_refused(refusal, 1, "for mnist, there are some for: none", "train first")
+    assert_refused(refusal, 1, "for mnist; available: none", "train first")
     shutil.copytree(exported / "taken/along", tmp_path / "pretrained/mnist")
     result = run(tmp_path, "--test", "--pretrained", *FAST)
     assert result.code == 0 and result.err == "" and "pretrained/mnist" in result.out
@@ -262,7 +262,7 @@ def test_pretrained_weights_are_tested_by_the_same_commands(tmp_path, exported, 
     refusal = run(tmp_path, "--test", "--pretrained", *FAST, "--n_conv=9")
     assert_refused(refusal, 1, "n_conv is 8 there and 9 here", "leave these flags out")
     refusal = run(tmp_path, "--test", "--pretrained", *FAST, "--multi_MNIST")
-    assert_refused(refusal, 1, "for multi_mnist, there are some for: mnist")
+    assert_refused(refusal, 1, "for multi_mnist; available: mnist")
 
 
 def test_the_seconds_of_the_training_are_kept_in_an_export(tmp_path, exported):
@@ -279,7 +279,7 @@ def test_an_export_says_how_the_training_images_look_even_if_its_checkpoint_does
 
 
 def test_missing_other_and_damaged_weights_are_told_apart(tmp_path, exported):
-    with pytest.raises(NoPretrainedWeights, match="for nothing, there are some for: mnist"):
+    with pytest.raises(NoPretrainedWeights, match="for nothing; available: mnist"):
         shutil.copytree(exported / "taken/along", tmp_path / "mnist")
         load_pretrained(small_network(), tmp_path / "nothing")
     other = CapsNet((28, 28, 1), 10, n_conv=9, n_primary=2, digit_dim=4)

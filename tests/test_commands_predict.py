@@ -123,7 +123,7 @@ def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
     (picture,), failed = read(tmp_path / "digit.png", x_train)
     inverted = light_training is not None and light_training != light_image
     assert picture.path == tmp_path / "digit.png"
-    assert picture.done == ("inverted" if inverted else "as it was")
+    assert picture.done == ("inverted" if inverted else "unchanged")
     np.testing.assert_array_equal(picture.image[..., 0], 255 - image if inverted else image)
     np.testing.assert_array_equal(picture.original[..., 0], image)
     assert failed == []
@@ -133,7 +133,7 @@ def test_colour_images_are_never_inverted(tmp_path):
     dark = np.zeros((10, 28, 28, 3), np.uint8)
     save(tmp_path / "light.png", np.full((28, 28, 3), (250, 240, 230), np.uint8))
     (picture,), _ = read(tmp_path / "light.png", dark)
-    assert picture.done == "as it was" and picture.image[0, 0].tolist() == [250, 240, 230]
+    assert picture.done == "unchanged" and picture.image[0, 0].tolist() == [250, 240, 230]
 
 
 def enlarged(digit, scale=3):
@@ -253,7 +253,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
     printed = [line for line in result.out.splitlines() if line.startswith(("in/", "Wrote"))]
     for number, (row, scores) in enumerate(zip(rows, lengths, strict=True)):
         best = np.argsort(-scores)[:3]
-        done = "inverted" if number == 20 else "as it was"
+        done = "inverted" if number == 20 else "unchanged"
         assert row[:2] == [f"in/{number:02}.png", done]
         assert row[2::2] == [str(k) for k in best]
         np.testing.assert_allclose(np.float64(row[3::2]), scores[best], atol=1e-5)
@@ -289,7 +289,7 @@ def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(t
     assert_refused(result, 1, "1 of 3 files could not be read: b.png")
     rows = read_csv(trained / "samples/predictions.csv")
     assert [row[0] for row in rows[1:]] == ["a.png", "c.png"]
-    assert "a.png (as it was): " in result.out and "c.png (as it was): " in result.out
+    assert "a.png (unchanged): " in result.out and "c.png (as it was): " in result.out
     (trained / "samples/predictions.csv").unlink()
     for name in ("a.png", "c.png"):
         (trained / name).unlink()
@@ -306,7 +306,7 @@ def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypat
     predict(session)
     head, row = read_csv("samples/predictions.csv")
     assert head == ["file", "done", "class_1", "length_1", "class_2", "length_2"]
-    assert row == ["a.png", "as it was", "dog", "0.75", "cat", "0.25"]
+    assert row == ["a.png", "unchanged", "dog", "0.75", "cat", "0.25"]
 
 
 class Stub:
@@ -341,7 +341,7 @@ def test_a_file_whose_name_is_no_text_is_predicted_too(trained, few):
     with contextlib.redirect_stdout(out):
         assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
     out.flush()
-    assert b"\n" + name + b" (as it was): " in out.buffer.getvalue()
+    assert b"\n" + name + b" (unchanged): " in out.buffer.getvalue()
     assert name in (trained / "samples/predictions.csv").read_bytes()
 
 
@@ -353,7 +353,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
         assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
     out.flush()
     name = "\N{SNOWMAN}é.png".encode(encoding, "backslashreplace")
-    assert b"\n" + name + b" (as it was): " in out.buffer.getvalue()
+    assert b"\n" + name + b" (unchanged): " in out.buffer.getvalue()
 
 
 def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
@@ -391,7 +391,7 @@ def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatc
     longest = np.argsort(-lengths[0])[:3]
     scores = ", ".join(f"{names[k]}: {lengths[0, k]:.3f}" for k in longest)
     first, second, _ = (names[k] for k in longest)
-    assert f"\na.png (as it was): {first} and {second} ({scores})\n" in result.out
+    assert f"\na.png (unchanged): {first} and {second} ({scores})\n" in result.out
     head, row = read_csv(tmp_path / "samples/predictions.csv")
     assert head == [
         *("file", "done", "class_1", "length_1", "class_2", "length_2", "class_3", "length_3")

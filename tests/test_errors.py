@@ -49,12 +49,12 @@ EXAMPLES = [
     ),
     (
         errors.NoPretrainedWeights("kmnist", "mnist"),
-        "no pretrained weights for kmnist, there are some for: mnist",
+        "no pretrained weights for kmnist; available: mnist",
         {"name": "kmnist", "available": "mnist"},
     ),
     (
         errors.NoPretrainedWeights("kmnist", ""),
-        "no pretrained weights for kmnist, there are some for: none",
+        "no pretrained weights for kmnist; available: none",
         {"name": "kmnist", "available": ""},
     ),
     (

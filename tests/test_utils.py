@@ -347,7 +347,7 @@ def test_an_image_of_the_right_shape_stays_as_it_was(darkest, brightest):
         dice = np.random.default_rng(0)
         image = dice.integers(darkest, brightest + 1, (6, 4, channels), np.uint8)
         fitted, done = utils.fit_image(image, image.shape, inverted=False)
-        assert done == "as it was"
+        assert done == "unchanged"
         np.testing.assert_array_equal(fitted, image)
 
 
@@ -369,7 +369,7 @@ def test_colours_become_the_grey_of_their_luma():
 def test_grey_becomes_three_equal_colours_which_is_no_change_to_speak_of():
     image = np.random.default_rng(0).integers(0, 256, (6, 4, 1), np.uint8)
     fitted, done = utils.fit_image(image, (6, 4, 3), inverted=False)
-    assert done == "as it was" and fitted.shape == (6, 4, 3)
+    assert done == "unchanged" and fitted.shape == (6, 4, 3)
     for channel in range(3):
         np.testing.assert_array_equal(fitted[..., channel], image[..., 0])
 
