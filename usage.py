@@ -94,8 +94,8 @@ def stray_word(word, names):
     if meant:
         return f"unexpected argument {word!r}, did you mean --{meant}?"
     return (
-        f"unexpected argument {word!r}, expected only flags: write --flag=value, and --noflag to switch one "
-        "off"
+        f"unexpected argument {word!r}, expected only flags: write --flag=value, and --noflag to "
+        "switch one off"
     )
 
 
