@@ -158,8 +158,8 @@ _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdi
 ADVICE = {
     errors.ImageSizesDiffer: "give an --image_size=HxW that all images are made to fit",
     errors.ImageTooSmall: "give a --dataset of larger images, or a smaller --kernel_size",
-    errors.NoCheckpoint: "train first (add --train; --validation_check needs a whole epoch), take the "
-    "included weights (--pretrained), or name the folder of a trained network",
+    errors.NoCheckpoint: "train first (add --train; --validation_check needs a whole epoch), take "
+    "the included weights (--pretrained), or name the folder of a trained network",
     errors.DamagedCheckpoints: "train again with --train --restart",
     errors.NetworkMismatch: "give the flags that it was trained with, or another folder",
     errors.PretrainedMismatch: "leave these flags out, or train first, without --pretrained",
