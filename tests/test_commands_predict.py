@@ -289,7 +289,7 @@ def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(t
     assert_refused(result, 1, "1 of 3 files could not be read: b.png")
     rows = read_csv(trained / "samples/predictions.csv")
     assert [row[0] for row in rows[1:]] == ["a.png", "c.png"]
-    assert "a.png (unchanged): " in result.out and "c.png (as it was): " in result.out
+    assert "a.png (unchanged): " in result.out and "c.png (unchanged): " in result.out
     (trained / "samples/predictions.csv").unlink()
     for name in ("a.png", "c.png"):
         (trained / name).unlink()
