@@ -125,15 +125,15 @@ class Sweep(NamedTuple):
 
 def sweep_digit(network, mnist, digit):
     """Return the Sweep that fits best of the first TRIED test images of a class."""
-    examples = mnist.x_test[mnist.y_test == digit]
-    numbers = np.flatnonzero(mnist.y_test == digit)[:TRIED]
+    of_class = np.flatnonzero(mnist.y_test == digit)
+    numbers = of_class[:TRIED]
     _, capsules = network(mnist.x_test[numbers] / np.float32(255))
     swept = np.asarray(network.tweak(np.asarray(capsules), np.full(len(numbers), digit)))
     lengths, _ = network(swept[:, :, [0, -1]].reshape(-1, *swept.shape[3:]))
     lengths = np.asarray(lengths).reshape(len(swept), len(numbers), 2, -1)
     is_longest = lengths.argmax(axis=-1) == digit
     legible = (is_longest & (lengths[..., digit] > LEGIBLE)).all(axis=-1)  # (dims, images)
-    spread = spread_of(examples[:MEASURED, ..., 0] / 255)
+    spread = spread_of(mnist.x_test[of_class[:MEASURED], ..., 0] / 255)
     sweeps = []
     for image, number in enumerate(numbers):
         named = name_dimensions(swept[:, image, ..., 0], spread, legible[:, image])
