@@ -33,7 +33,7 @@ BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 
 def start_tensorflow(quiet="2"):
-    """Set up the allocator, then import TensorFlow without its startup messages.
+    """Set up signals and the allocator, then import TensorFlow without its startup messages.
 
     Keras computes with TensorFlow, whatever the environment and the user's keras.json say, and GPUs
     take memory as they need it.
@@ -45,6 +45,7 @@ def start_tensorflow(quiet="2"):
     Returns:
         The module tensorflow.
     """
+    receive_signals_on_their_own_stack()
     keep_big_buffers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
     os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -60,6 +61,18 @@ def start_tensorflow(quiet="2"):
                 tf.config.experimental.set_memory_growth(gpu, True)
         tf.get_logger().setLevel("ERROR")
     return tf
+
+
+def receive_signals_on_their_own_stack():
+    """Keep Ctrl-C from damaging the heap: give the main thread an alternate signal stack.
+
+    oneDNN's matrix product for AVX-512 uses the stack pointer for a buffer on the heap. A signal
+    that arrives meanwhile would be stored below that buffer, over 3 kB of whatever lies there.
+    Python handles signals on the alternate stack if there is one; faulthandler makes one, of the
+    size the processor asks for, and shows where the program was if native code crashes.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # standard error, even if sys.stderr is none
 
 
 @functools.cache

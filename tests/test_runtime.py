@@ -141,6 +141,53 @@ def test_a_log_level_in_the_environment_takes_precedence(monkeypatch, before, af
     assert environment["TF_CPP_MIN_LOG_LEVEL"] == after
 
 
+def test_signals_that_arrive_in_a_matrix_product_do_not_damage_the_heap():
+    """oneDNN's product of this shape keeps its buffer at the stack pointer (with AVX-512)."""
+    code = """
+import os, runtime, signal, time
+if hasattr(os, "sched_setaffinity"):  # on one core the main thread computes the product itself
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+tf = runtime.start_tensorflow()
+a, b = tf.ones((126, 25)), tf.ones((126, 2**18))
+product = tf.function(lambda: tf.matmul(a, b, transpose_a=True), jit_compile=True)
+product()
+seen = []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    result = product()
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(len(seen) > 10, float(tf.reduce_min(result)), float(tf.reduce_max(result)))
+"""
+    out, err = output_of(code)
+    assert out == "True 126.0 126.0\n" and err == ""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads Linux's structures")
+def test_signals_have_a_stack_large_enough_for_the_processors_registers():
+    code = """
+import ctypes, runtime
+runtime.receive_signals_on_their_own_stack()
+
+class Stack(ctypes.Structure):  # stack_t, signal.h
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+libc, stack = ctypes.CDLL(None), Stack()
+assert libc.sigaltstack(None, ctypes.byref(stack)) == 0
+libc.getauxval.restype = ctypes.c_ulong
+least = libc.getauxval(51)  # AT_MINSIGSTKSZ, auxvec.h; 0 where the kernel does not say
+print(stack.flags, stack.size > least, stack.start is not None)
+"""
+    assert output_of(code) == ("0 True True\n", "")
+
+
+def test_a_fault_handler_that_is_on_is_left_alone(monkeypatch):
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: True)
+    monkeypatch.setattr(faulthandler, "enable", lambda file: pytest.fail("enabled again"))
+    runtime.receive_signals_on_their_own_stack()
+
+
 class Libc:
     """Stands in for the C library and writes down what is called."""
 
