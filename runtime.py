@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import xla_cache
 from errors import UserError, os_advice
 
 ROOT = Path(__file__).resolve().parent
@@ -47,10 +48,10 @@ def start_tensorflow(quiet="2"):
     """
     receive_signals_on_their_own_stack()
     keep_big_buffers()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    with silent_stderr():
+    with silent_stderr(), xla_cache.switched_on():
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
         import keras  # Keras writes startup messages too
         import tensorflow as tf
 

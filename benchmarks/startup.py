@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py [--rounds=3]
 
-Each time is that of a new process of main.py, until it prints what is waited for. XLA's cache of
-compiled programs is an option of TensorFlow that the program does not switch on; here it holds what
-an earlier process compiled. The table of the parts has the times of one process.
+Each time is that of a new process of main.py, until it prints what is waited for: of a first run,
+and of one that finds what an earlier run compiled (`xla_cache.py`). The table of the parts has the
+times of one process, which compiles.
 """
 
 import os
@@ -54,32 +54,24 @@ def seconds_until(words, beginning, folder, **environment):
                 if line.startswith(beginning):
                     return time.perf_counter() - began
         finally:
-            process.kill()
+            process.terminate()  # a killed run keeps nothing of what it compiled
     raise RuntimeError(f"main.py {' '.join(words)} ended without a line that begins {beginning!r}")
-
-
-def xla_cache(folder):
-    """Return the variable that makes XLA keep what it compiles for CPUs in a folder."""
-    return {
-        "TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={folder} "
-        "--tf_xla_persistent_cache_device_types=CPU"
-    }
 
 
 def measure(rounds):
     """Measure all commands in turn, each in an empty folder.
 
     Returns:
-        Seconds by the name of what is waited for, (rounds, 2): without XLA's cache and with it.
+        Seconds by the name of what is waited for, (rounds, 2): of a first and of a later run.
     """
     seconds = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as cache:
-        for round_number in range(rounds + 1):  # the first one fills the caches
+        for round_number in range(rounds + 1):  # the first one fills the cache
             for name, (words, beginning) in COMMANDS.items():
                 pair = []
-                for environment in ({}, xla_cache(cache)):
+                for kept in ("", cache):
                     with tempfile.TemporaryDirectory() as folder:
-                        pair.append(seconds_until(words, beginning, folder, **environment))
+                        pair.append(seconds_until(words, beginning, folder, CAPSNET_CACHE=kept))
                 if round_number:
                     seconds[name].append(pair)
     return {name: np.array(pairs) for name, pairs in seconds.items()}
@@ -110,7 +102,9 @@ def print_times(flags):
         times = process.submit(parts).result()
     seconds = measure(flags.rounds)
     print(timing.machine() + "\n", flush=True)
-    timing.print_table(["", "s", "s with XLA's cache"], [row(*each) for each in seconds.items()])
+    timing.print_table(
+        ["", "first run, s", "later runs, s"], [row(*each) for each in seconds.items()]
+    )
     timing.print_table(
         ["part of the start of a training", "s"],
         [[name, f"{value:.2f}"] for name, value in times.items()],

@@ -650,7 +650,7 @@ def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
 # A program that says how it was called, and then waits to be ended.
 WAITING = """
 import os, sys, time
-print("Reading", *sys.argv[1:], os.environ.get("TF_XLA_FLAGS", "-"))
+print("Reading", *sys.argv[1:], os.environ.get("CAPSNET_CACHE"))
 print("Epoch 1/10 step 1/9: and more")
 time.sleep(60 if "--wait" in sys.argv else 0)
 """
@@ -660,10 +660,8 @@ def test_the_wait_for_a_line_ends_with_it(tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text(WAITING)
     monkeypatch.setattr(startup.runtime, "ROOT", tmp_path)
     assert 0 < startup.seconds_until(["--wait"], "Epoch 1/", tmp_path) < 30
-    cache = startup.xla_cache("/a/folder")
-    assert startup.seconds_until(["--wait"], "Reading --wait -\n", tmp_path) > 0
-    with_cache = "Reading --wait --tf_xla_persistent_cache_directory=/a/folder "
-    assert startup.seconds_until(["--wait"], with_cache, tmp_path, **cache) > 0
+    line = "Reading --wait /a/folder\n"
+    assert startup.seconds_until(["--wait"], line, tmp_path, CAPSNET_CACHE="/a/folder") > 0
     with pytest.raises(RuntimeError, match="--ends ended without a line that begins 'Epoch 2/'"):
         startup.seconds_until(["--ends"], "Epoch 2/", tmp_path)
 
@@ -673,7 +671,7 @@ def test_starts_are_measured_without_and_with_a_cache_that_an_earlier_one_filled
 
     def seconds_until(words, beginning, folder, **environment):
         assert os.listdir(folder) == [] and beginning
-        calls.append((words, environment.get("TF_XLA_FLAGS", "")))
+        calls.append((words, environment["CAPSNET_CACHE"]))
         return float(len(calls))
 
     monkeypatch.setattr(startup, "seconds_until", seconds_until)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "config", "download"},
     {"utils", "usage"},
-    {"readers"},
+    {"readers", "xla_cache"},
     {"datasets"},
     {"runtime", "spectral", "ink", "figures", "input_pipeline"},
     {"ops"},
@@ -165,7 +165,10 @@ def cycle_in(files):
 
 
 def flags_named(source):
-    """Strings, other than docstrings and arguments of git, in which a flag is named."""
+    """Strings, other than docstrings and arguments of git, in which a flag is named.
+
+    What begins with --tf_ is a flag of TensorFlow.
+    """
     passed_over = set()
     for node in nodes_of(source):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -178,7 +181,7 @@ def flags_named(source):
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and node not in passed_over
-        and re.search(r"--[a-z]", node.value)
+        and re.search(r"--(?!tf_)[a-z]", node.value)
     ]
 
 
