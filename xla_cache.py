@@ -26,7 +26,7 @@ from errors import UserError
 from utils import atomic_path
 
 MOST_FILES = 32  # a megabyte each
-FREE_BYTES = 2**28  # a disk with less is left alone
+ROOM = 2**23  # bytes that a run must be able to write before it uses the folder
 STALE_SECONDS = 24 * 3600  # after which the copy of a run that was killed is removed
 # What /proc/cpuinfo says about the kind of a processor, on x86 and on ARM.
 PROCESSOR = r"^(?:vendor_id|cpu family|model|stepping|flags|CPU \w+|Features)\s*:.*$"
@@ -104,13 +104,11 @@ def _open(folder):
     """Return a new folder inside `folder` with copies of the files that are whole.
 
     Raises:
-        OSError: the folder cannot be used, or its disk is nearly full.
+        OSError: the folder cannot be used, or its disk or the user's quota is nearly full.
     """
     if "'" in str(folder):
         raise OSError(errno.EINVAL, "cannot be quoted in TensorFlow's flags", str(folder))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if shutil.disk_usage(folder).free < FREE_BYTES:
-        raise OSError(errno.ENOSPC, "nearly full", str(folder))
     for old in folder.glob("run-*"):
         if time.time() - old.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
@@ -123,6 +121,9 @@ def _open(folder):
                 (copy / name).write_bytes(content)
             else:
                 path.unlink()
+        # Only writing tells that a quota is used up.
+        (copy / "trial").write_bytes(os.urandom(ROOM))
+        (copy / "trial").unlink()
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import subprocess
@@ -114,7 +115,10 @@ def a_gpu(monkeypatch, tmp_path):
 
 
 def no_space(monkeypatch, tmp_path):
-    monkeypatch.setattr(xla_cache, "FREE_BYTES", 2**80)
+    def fail(size):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "urandom", fail)
 
 
 def no_folder(monkeypatch, tmp_path):
