@@ -388,7 +388,8 @@ def run_modes(values, argv, modes):
     """Run the modes of a command line in their order, and return the exit code."""
     several_workers = values.strategy == "multi_worker"
     # When one of several workers stops, all others say so; the line printed below is enough.
-    tf = runtime.start_tensorflow(quiet="3" if several_workers else "2")
+    # Only a training compiles for seconds.
+    tf = runtime.start_tensorflow("3" if several_workers else "2", keep_compiled=values.train)
     from training.interrupt import Interrupted
 
     try:

@@ -33,7 +33,7 @@ BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 # --- TensorFlow -----------------------------------------------------------------------------------
 
 
-def start_tensorflow(quiet="2"):
+def start_tensorflow(quiet="2", keep_compiled=False):
     """Set up signals and the allocator, then import TensorFlow without its startup messages.
 
     Keras computes with TensorFlow, whatever the environment and the user's keras.json say, and GPUs
@@ -42,6 +42,7 @@ def start_tensorflow(quiet="2"):
     Args:
         quiet: the least severe C++ messages to show, "2" for errors and "3" for fatal ones. A
             TF_CPP_MIN_LOG_LEVEL in the environment takes precedence.
+        keep_compiled: whether to keep what XLA compiles for later runs, if that is possible.
 
     Returns:
         The module tensorflow.
@@ -50,7 +51,8 @@ def start_tensorflow(quiet="2"):
     keep_big_buffers()
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
-    with silent_stderr(), xla_cache.switched_on():
+    cache = xla_cache.switched_on() if keep_compiled else contextlib.nullcontext()
+    with silent_stderr(), cache:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
         import keras  # Keras writes startup messages too
         import tensorflow as tf

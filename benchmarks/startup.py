@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--rounds=3]
 
 Each time is that of a new process of main.py, until it prints what is waited for: of a first run,
-and of one that finds what an earlier run compiled (`xla_cache.py`). The table of the parts has the
-times of one process, which compiles.
+and of one that finds what an earlier training compiled (`xla_cache.py`). The table of the parts has
+the times of one process, which compiles.
 """
 
 import os
@@ -79,7 +79,6 @@ def measure(rounds):
 
 def parts():
     """Return the seconds of the parts of a first run until its first trained step, by name."""
-    os.environ["CAPSNET_CACHE"] = ""  # compile
     times = {}
 
     def timed(name, function, *arguments):

@@ -403,15 +403,25 @@ def test_other_workers_than_the_chief_train_and_test_in_silence(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "words, quiet", [(["--test"], "2"), (["--test", "--strategy=multi_worker"], "3")]
+    "words, quiet, keep_compiled",
+    [
+        (["--test"], "2", False),
+        (["--test", "--strategy=multi_worker"], "3", False),
+        (["--train", "--test"], "2", True),
+    ],
 )
-def test_tensorflow_says_less_where_all_workers_would_repeat_it(
-    tmp_path, monkeypatch, words, quiet
+def test_several_workers_say_less_and_trainings_keep_what_they_compile(
+    tmp_path, monkeypatch, words, quiet, keep_compiled
 ):
     stub_modes(monkeypatch)
     asked = []
-    monkeypatch.setattr(runtime, "start_tensorflow", lambda quiet: asked.append(quiet) or tf)
-    assert run(tmp_path, *words).code == 0 and asked == [quiet]
+
+    def start_tensorflow(quiet, keep_compiled):
+        asked.append((quiet, keep_compiled))
+        return tf
+
+    monkeypatch.setattr(runtime, "start_tensorflow", start_tensorflow)
+    assert run(tmp_path, *words).code == 0 and asked == [(quiet, keep_compiled)]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ sys.meta_path.insert(0, Spy())
 tf = runtime.start_tensorflow(quiet="3")
 print(tf.__name__, calls, tf.get_logger().level)
 """
-    out, err = output_of(code, CAPSNET_CACHE="")
+    out, err = output_of(code)
     assert out == "1 3\ntensorflow [False] 40\n"
     assert err == ""
 

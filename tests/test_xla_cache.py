@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import os
 import runtime
-tf = runtime.start_tensorflow()
+tf = runtime.start_tensorflow(keep_compiled=True)
 import xla_cache
 folder = xla_cache.cache_folder() / xla_cache.machine_key()
 def files():
