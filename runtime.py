@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import ctypes
 import datetime
+import errno
 import faulthandler
 import functools
 import math
@@ -42,7 +43,8 @@ def start_tensorflow(quiet="2", keep_compiled=False):
     Args:
         quiet: the least severe C++ messages to show, "2" for errors and "3" for fatal ones. A
             TF_CPP_MIN_LOG_LEVEL in the environment takes precedence.
-        keep_compiled: whether to keep what XLA compiles for later runs, if that is possible.
+        keep_compiled: whether to keep what XLA compiles for later runs, if that is possible. Then
+            only fatal messages are shown.
 
     Returns:
         The module tensorflow.
@@ -69,13 +71,13 @@ def start_tensorflow(quiet="2", keep_compiled=False):
 def receive_signals_on_their_own_stack():
     """Keep Ctrl-C from damaging the heap: give the main thread an alternate signal stack.
 
-    oneDNN's matrix product for AVX-512 uses the stack pointer for a buffer on the heap. A signal
-    that arrives meanwhile would be stored below that buffer, over 3 kB of whatever lies there.
-    Python handles signals on the alternate stack if there is one; faulthandler makes one, of the
-    size the processor asks for, and shows where the program was if native code crashes.
+    oneDNN's matrix product for AVX-512 uses the stack pointer for a buffer on the heap. When a
+    signal arrives meanwhile, the kernel stores the registers, 3 kB, below that buffer. Python
+    handles signals on the alternate stack if there is one; faulthandler makes one, of the size the
+    processor asks for, and shows where the program was if native code crashes.
     """
     if not faulthandler.is_enabled():
-        faulthandler.enable(2)  # standard error, even if sys.stderr is none
+        faulthandler.enable(2)  # sys.stderr of a notebook has no file descriptor
 
 
 @functools.cache
@@ -357,8 +359,9 @@ def is_out_of_memory(error):
     if isinstance(error, MemoryError):
         return True
     # TensorFlow raises the same type for a full disk.
-    words = re.search(r"\boom\b|out of memory|allocat", str(error), re.IGNORECASE)
-    return type(error).__name__ == "ResourceExhaustedError" and words is not None
+    if type(error).__name__ != "ResourceExhaustedError" or os.strerror(errno.ENOSPC) in str(error):
+        return False
+    return re.search(r"\boom\b|out of memory|allocat", str(error), re.IGNORECASE) is not None
 
 
 def describe_error(error, advice="", several_workers=False):

@@ -1,8 +1,8 @@
-"""Keep what XLA compiles for the processor from one run to the next: starting takes seconds less.
+"""Keep what XLA compiles for the processor from one training to the next, which starts sooner.
 
 TensorFlow can do that, but trusts what it finds: a damaged file or a full disk ends the program,
 and code for another processor may be loaded. So each kind of machine has its own folder, and each
-run works on a copy of the files that are undamaged. When it ends, it adds its new files:
+run works on a copy in memory of the files that are undamaged. When it ends, it adds its new files:
 
     ~/.cache/capsnet/MACHINE/SHA256.NAME
 
@@ -17,6 +17,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,9 +26,13 @@ from pathlib import Path
 from errors import UserError
 from utils import atomic_path
 
-MOST_FILES = 32  # a megabyte each
-ROOM = 2**23  # bytes that a run must be able to write before it uses the folder
-STALE_SECONDS = 24 * 3600  # after which the copy of a run that was killed is removed
+# A disk in memory, where TensorFlow's writes do not fail in the middle of a training.
+RAM_DISK = Path("/dev/shm")
+COPY_PREFIX = "capsnet-xla-"
+FREE_BYTES = 48 * 2**20  # which it must have
+MOST_FILES = 16  # a megabyte each
+DAY = 24 * 3600  # seconds
+DAYS_KEPT = 90
 # What /proc/cpuinfo says about the kind of a processor, on x86 and on ARM.
 PROCESSOR = r"^(?:vendor_id|cpu family|model|stepping|flags|CPU \w+|Features)\s*:.*$"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -37,8 +42,8 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 def switched_on():
     """Switch the cache on for a TensorFlow that is imported inside.
 
-    Nothing happens if TensorFlow was imported before, if the user sets TensorFlow's own flags, with
-    a GPU, outside Linux, and where the folder cannot be used.
+    Nothing happens if TensorFlow was imported before, if the user sets TensorFlow's own flags or
+    wants to see its messages, with a GPU, outside Linux, and without a disk in memory.
     """
     copy = None
     if _is_wanted():
@@ -49,8 +54,8 @@ def switched_on():
     if copy is None:
         yield
         return
-    # TensorFlow reports each program that it loads as two errors.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow reports each program that it loads with alarming errors.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["TF_XLA_FLAGS"] = (
         f"--tf_xla_persistent_cache_directory='{copy}' --tf_xla_persistent_cache_device_types=CPU"
     )
@@ -64,7 +69,8 @@ def _is_wanted():
     """Tell whether TensorFlow can be given the cache, and nobody said otherwise."""
     imported = "tensorflow" in sys.modules
     user_decides = "TF_XLA_FLAGS" in os.environ or os.environ.get("CAPSNET_CACHE") == ""
-    return not (imported or user_decides or NVIDIA_DRIVER.exists())
+    messages_wanted = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3") < "3"
+    return not (imported or user_decides or messages_wanted or NVIDIA_DRIVER.exists())
 
 
 def cache_folder():
@@ -84,7 +90,9 @@ def machine_key():
     Raises:
         OSError: the processor is not known, or TensorFlow is not where it is expected.
     """
-    cpuinfo = Path("/proc/cpuinfo").read_text()
+    processor = sorted(set(re.findall(PROCESSOR, Path("/proc/cpuinfo").read_text(), re.MULTILINE)))
+    if not processor:
+        raise OSError(errno.ENODATA, "does not describe the processor", "/proc/cpuinfo")
     tensorflow = importlib.util.find_spec("tensorflow")
     if tensorflow is None:
         raise FileNotFoundError(errno.ENOENT, "is not installed", "tensorflow")
@@ -92,7 +100,7 @@ def machine_key():
     library = next(package.glob("libtensorflow_framework.so*"), package / "no library")
     built = library.stat()
     parts = (
-        sorted(set(re.findall(PROCESSOR, cpuinfo, re.MULTILINE))),
+        processor,
         len(os.sched_getaffinity(0)),
         os.environ.get("XLA_FLAGS"),
         (str(library), built.st_size, built.st_mtime_ns),
@@ -101,50 +109,91 @@ def machine_key():
 
 
 def _open(folder):
-    """Return a new folder inside `folder` with copies of the files that are whole.
+    """Return a new folder in memory with copies of the files of `folder` that are whole.
 
     Raises:
-        OSError: the folder cannot be used, or its disk or the user's quota is nearly full.
+        OSError: there is no disk in memory, or it is nearly full.
     """
-    if "'" in str(folder):
-        raise OSError(errno.EINVAL, "cannot be quoted in TensorFlow's flags", str(folder))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for old in folder.glob("run-*"):
-        if time.time() - old.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    copy = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
-    try:
-        for path in _files(folder):
+    _remove_copies_of_killed_runs()
+    if shutil.disk_usage(RAM_DISK).free < FREE_BYTES:
+        raise OSError(errno.ENOSPC, "nearly full", str(RAM_DISK))
+    copy = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=RAM_DISK))
+    _lock(copy)
+    for path in _files(folder):
+        with contextlib.suppress(OSError):  # another process may have removed it
             checksum, name = path.name.split(".", 1)
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == checksum:
                 (copy / name).write_bytes(content)
             else:
                 path.unlink()
-        # Only writing tells that a quota is used up.
-        (copy / "trial").write_bytes(os.urandom(ROOM))
-        (copy / "trial").unlink()
-    except BaseException:
-        shutil.rmtree(copy, ignore_errors=True)
-        raise
     return copy
 
 
+def _lock(copy):
+    """Mark a copy as in use until this process ends.
+
+    Raises:
+        OSError: another process uses it, or it cannot be opened.
+    """
+    import fcntl  # not on Windows
+
+    file = os.open(copy, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+
+
+def _remove_copies_of_killed_runs():
+    """Remove copies of yesterday or before that no process uses any more."""
+    for copy in RAM_DISK.glob(COPY_PREFIX + "*"):
+        with contextlib.suppress(OSError):  # in use, gone, or another user's
+            if time.time() - copy.stat().st_mtime > DAY:
+                _lock(copy)
+                shutil.rmtree(copy)
+
+
 def _close(folder, copy):
-    """Add the new files of a run to the folder; remove the oldest ones, and the run's copy."""
-    with contextlib.suppress(OSError, UserError):
-        for path in copy.glob("*.pb"):
+    """Add the new files of a run to the folder; remove old ones, and the run's copy."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program is ending
+    try:
+        with contextlib.suppress(OSError, UserError):
+            _keep(folder, copy)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _keep(folder, copy):
+    """Add the files of a copy that are new to the folder, and remove old ones of all machines.
+
+    Raises:
+        OSError, UserError: a file cannot be read or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = {path.name.split(".", 1)[1] for path in _files(folder)}
+    for path in copy.glob("*.pb"):
+        if path.name not in known:
             content = path.read_bytes()
-            target = folder / f"{hashlib.sha256(content).hexdigest()}.{path.name}"
-            if not target.exists():
-                with atomic_path(target) as temporary:
-                    temporary.write_bytes(content)
-        newest = sorted(_files(folder), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in newest[MOST_FILES:]:
-            path.unlink()
-    shutil.rmtree(copy, ignore_errors=True)
+            with atomic_path(folder / f"{hashlib.sha256(content).hexdigest()}.{path.name}") as new:
+                new.write_bytes(content)
+    newest = sorted(_files(folder), key=_modified, reverse=True)
+    all_machines = [path for machine in folder.parent.iterdir() for path in _files(machine)]
+    old = [path for path in all_machines if time.time() - _modified(path) > DAYS_KEPT * DAY]
+    for path in [*newest[MOST_FILES:], *old]:
+        path.unlink(missing_ok=True)
 
 
 def _files(folder):
-    """Return the paths of the files, without those that are just being written."""
-    return list(folder.glob("[0-9a-f]*.pb"))
+    """Return the paths of the kept files in a folder, which may be missing."""
+    return [path for path in folder.glob("*.pb") if re.match(r"[0-9a-f]{64}\.", path.name)]
+
+
+def _modified(path):
+    """Return when a file was written, in seconds; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -661,6 +661,11 @@ LOST = (
             "",
             "a; No space left on device; " + FULL + SAVED,
         ),
+        (  # a graph error that happens to name an allocator
+            tensorflow_error(tf.errors.ResourceExhaustedError, "allocated No space left on device"),
+            "",
+            "allocated No space left on device; " + FULL + SAVED,
+        ),
         (tensorflow_error(tf.errors.UnavailableError, "a socket"), "", "a socket" + SAVED),
     ],
 )
