@@ -40,11 +40,13 @@ def seconds_until(words, beginning, folder, **environment):
         RuntimeError: the program ended before.
     """
     command = [sys.executable, str(runtime.ROOT / "main.py"), *words]
+    # TensorFlow's messages, which this process may have set, would switch the cache off.
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     began = time.perf_counter()
     with subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+        env=inherited | {"PYTHONUNBUFFERED": "1"} | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

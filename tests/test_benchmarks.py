@@ -650,6 +650,7 @@ def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
 # A program that says how it was called, and then waits to be ended.
 WAITING = """
 import os, sys, time
+assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
 print("Reading", *sys.argv[1:], os.environ.get("CAPSNET_CACHE"))
 print("Epoch 1/10 step 1/9: and more")
 time.sleep(60 if "--wait" in sys.argv else 0)
@@ -659,6 +660,7 @@ time.sleep(60 if "--wait" in sys.argv else 0)
 def test_the_wait_for_a_line_ends_with_it(tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text(WAITING)
     monkeypatch.setattr(startup.runtime, "ROOT", tmp_path)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     assert 0 < startup.seconds_until(["--wait"], "Epoch 1/", tmp_path) < 30
     line = "Reading --wait /a/folder\n"
     assert startup.seconds_until(["--wait"], line, tmp_path, CAPSNET_CACHE="/a/folder") > 0
