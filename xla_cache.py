@@ -28,11 +28,11 @@ from utils import atomic_path
 
 # A disk in memory, where TensorFlow's writes do not fail in the middle of a training.
 RAM_DISK = Path("/dev/shm")
-COPY_PREFIX = "capsnet-xla-"
 FREE_BYTES = 48 * 2**20  # which it must have
+COPY_PREFIX = "capsnet-xla-"
+HOUR = 3600  # seconds; a younger copy may not be marked as in use yet
 MOST_FILES = 16  # a megabyte each
-DAY = 24 * 3600  # seconds
-DAYS_KEPT = 90
+SECONDS_KEPT = 90 * 24 * HOUR
 # What /proc/cpuinfo says about the kind of a processor, on x86 and on ARM.
 PROCESSOR = r"^(?:vendor_id|cpu family|model|stepping|flags|CPU \w+|Features)\s*:.*$"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -147,10 +147,10 @@ def _lock(copy):
 
 
 def _remove_copies_of_killed_runs():
-    """Remove copies of yesterday or before that no process uses any more."""
+    """Remove copies that no process uses any more."""
     for copy in RAM_DISK.glob(COPY_PREFIX + "*"):
         with contextlib.suppress(OSError):  # in use, gone, or another user's
-            if time.time() - copy.stat().st_mtime > DAY:
+            if time.time() - copy.stat().st_mtime > HOUR:
                 _lock(copy)
                 shutil.rmtree(copy)
 
@@ -181,7 +181,7 @@ def _keep(folder, copy):
                 new.write_bytes(content)
     newest = sorted(_files(folder), key=_modified, reverse=True)
     all_machines = [path for machine in folder.parent.iterdir() for path in _files(machine)]
-    old = [path for path in all_machines if time.time() - _modified(path) > DAYS_KEPT * DAY]
+    old = [path for path in all_machines if time.time() - _modified(path) > SECONDS_KEPT]
     for path in [*newest[MOST_FILES:], *old]:
         path.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import pytest
 import xla_cache
 
 ROOT = Path(__file__).resolve().parent.parent
+DAY = 24 * 3600  # seconds
 # Compiles one function. A copy of TensorFlow's cache file that is loaded keeps its time; what is
 # compiled is written again.
 PROGRAM = """
@@ -202,7 +203,7 @@ def keep(folder, content, name, days_old):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{checksum(content)}.{name}"
     path.write_bytes(content)
-    os.utime(path, (time.time() - days_old * xla_cache.DAY,) * 2)
+    os.utime(path, (time.time() - days_old * DAY,) * 2)
     return path
 
 
@@ -212,8 +213,8 @@ def test_a_run_adds_what_is_new_and_the_oldest_are_removed(tmp_path, monkeypatch
     copy.mkdir()
     keep(folder, b"1", "one.pb", days_old=3)
     two = keep(folder, b"2", "two.pb", days_old=2)
-    recent = keep(tmp_path / "cache" / "other", b"1", "one.pb", xla_cache.DAYS_KEPT - 1)
-    keep(tmp_path / "cache" / "other", b"2", "two.pb", xla_cache.DAYS_KEPT + 1)
+    recent = keep(tmp_path / "cache" / "other", b"1", "one.pb", 89)
+    keep(tmp_path / "cache" / "other", b"2", "two.pb", 91)
     mine = tmp_path / "cache" / "other" / "my.pb"
     mine.touch()
     os.utime(mine, (0, 0))
@@ -257,7 +258,7 @@ def test_copies_of_killed_runs_are_removed_and_those_in_use_are_not(tmp_path, me
     for name in ("killed", "starting", "in use"):
         (memory / f"capsnet-xla-{name}").mkdir()
     for name in ("killed", "in use"):
-        os.utime(memory / f"capsnet-xla-{name}", (time.time() - xla_cache.DAY - 9,) * 2)
+        os.utime(memory / f"capsnet-xla-{name}", (time.time() - xla_cache.HOUR - 9,) * 2)
     xla_cache._lock(memory / "capsnet-xla-in use")
     copy = xla_cache._open(tmp_path / "key")
     left = {memory / "capsnet-xla-starting", memory / "capsnet-xla-in use", copy}
