@@ -27,6 +27,11 @@ CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+# What TensorFlow puts around the message of an error in a graph: nodes, Python's stack, a hint.
+GRAPH_LINES = (
+    r"^(?:Graph execution error:|Detected at node .*|\s*File \".*\", line \d+, in .*|\s*\[\[.*"
+    r"|Hint: If you want to see a list of allocated tensors .*)$"
+)
 # What a processor multiplies bfloat16 with, by its flag in Linux's /proc/cpuinfo.
 BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
@@ -350,8 +355,9 @@ def plural(count, word):
 
 
 def reason(error):
-    """Return the message of a TensorFlow error in one line, without the names of graph nodes."""
-    return re.sub(r"{{.*?}}|\[Op:.*", "", " ".join(str(error).split())).strip()
+    """Return the message of a TensorFlow error in one line, without graph nodes and code lines."""
+    message = re.sub(GRAPH_LINES, "", str(error), flags=re.MULTILINE)
+    return re.sub(r"{{.*?}}|\[Op:.*", "", " ".join(message.split())).strip()
 
 
 def is_out_of_memory(error):

@@ -620,6 +620,19 @@ def test_the_reason_of_a_tensorflow_error_is_one_line_without_names_of_its_graph
     assert runtime.reason(error) == "shapes differ:"
 
 
+def test_the_reason_of_an_error_in_a_graph_is_its_message_alone():
+    @tf.function
+    def divide(number):
+        tf.debugging.assert_greater(number, 0, "the number is not positive")
+
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        divide(tf.constant(0))
+    assert "Graph execution error" in str(caught.value) and __file__ in str(caught.value)
+    line = runtime.reason(caught.value)
+    assert "the number is not positive" in line
+    assert not re.search(r"Graph execution|Detected at|File |\[\[", line)
+
+
 SAVED = "; earlier checkpoints are unchanged"
 FULL = "free some space, or choose a folder on another disk"
 LOST = (
