@@ -35,6 +35,8 @@ MOST_FILES = 16  # a megabyte each
 SECONDS_KEPT = 90 * 24 * HOUR
 # What /proc/cpuinfo says about the kind of a processor, on x86 and on ARM.
 PROCESSOR = r"^(?:vendor_id|cpu family|model|stepping|flags|CPU \w+|Features)\s*:.*$"
+# Environment variables that may change compiled code: threads, options of XLA and of oneDNN.
+COMPILER_SETTINGS = r"XLA_|OMP_|DNNL_|ONEDNN_|TF_(?!CPP_|CONFIG$)"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -102,7 +104,7 @@ def machine_key():
     parts = (
         processor,
         len(os.sched_getaffinity(0)),
-        os.environ.get("XLA_FLAGS"),
+        sorted(item for item in os.environ.items() if re.match(COMPILER_SETTINGS, item[0])),
         (str(library), built.st_size, built.st_mtime_ns),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -180,16 +180,21 @@ def test_the_folder_is_the_one_named_or_in_the_users_cache(tmp_path, monkeypatch
     assert xla_cache.cache_folder() == Path.cwd() / "here"
 
 
-def test_code_for_another_number_of_cores_or_other_options_of_xla_has_its_own_folder(monkeypatch):
+def test_code_for_other_cores_threads_or_options_has_its_own_folder(monkeypatch):
     keys = {xla_cache.machine_key()}
     assert keys == {xla_cache.machine_key()}
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
     keys.add(xla_cache.machine_key())
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "77")
+    keys.add(xla_cache.machine_key())
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    assert xla_cache.machine_key() in keys
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(77)))
     keys.add(xla_cache.machine_key())
     monkeypatch.setattr(xla_cache, "PROCESSOR", r"^bogomips\s*:.*$")
     keys.add(xla_cache.machine_key())
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_a_processor_that_is_not_described_has_no_key(monkeypatch):
