@@ -142,6 +142,7 @@ def model_card(session, metadata, result):
             shown=session.digits_per_example,
             classes=len(session.class_names),
             names=", ".join(session.class_names),
+            overlap=" --multi_MNIST" if session.flags.multi_MNIST else "",
             settings="\n".join(f"| {name} | {value} |" for name, value in settings),
         )
     )
