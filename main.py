@@ -47,6 +47,9 @@ FLAGS = {
     "Weights": [
         ("pretrained", False, None,
          "use the weights that come with this program, without training"),
+        ("initial_weights", "", None,
+         "start a new training with the weights in this folder: an export, pretrained/mnist, or "
+         "pretrained/multi_mnist"),
     ],
     "Data": [
         ("dataset", "mnist", None,
@@ -147,11 +150,12 @@ LARGEST_SIDE = 1024  # pixels of --image_size
 EMPTY = {
     "predict": "PATTERN",
     "export": "DIR",
+    "initial_weights": "DIR",
     "image_size": "HxW",
 }  # what --help shows for flags that are empty
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
 WRITTEN = ["export", *(name for name, *_ in FLAGS["Folders"])]
-PATHS = ["dataset", "data_dir", "predict", *WRITTEN]
+PATHS = ["dataset", "data_dir", "predict", "initial_weights", *WRITTEN]
 
 _OTHER_FOLDERS = "other folders (--checkpoint_dir, --val_checkpoint_dir, --logdir)"
 # Which flag helps, by the type of the error; the other errors say it themselves.
@@ -227,6 +231,7 @@ def parse(argv):
     check_values(values)
     fill_in(values)
     check_combinations(values)
+    check_weights(values)
     return values
 
 
@@ -338,17 +343,26 @@ def check_combinations(values):
         raise UsageError("--restart starts a training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
         raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
-    if values.pretrained and (values.train or values.validation_check):
-        raise UsageError(
-            "--pretrained takes the weights that come with the program and cannot be combined "
-            "with --train or --validation_check"
-        )
     checkpoints = "multi_checkpoint_dir" if values.multi_MNIST else "checkpoint_dir"
     for one, other in itertools.combinations((checkpoints, "val_checkpoint_dir", "logdir"), 2):
         if os.path.realpath(getattr(values, one)) == os.path.realpath(getattr(values, other)):
             raise UsageError(f"--{one} and --{other} must differ")
     if values.validation_check and 0 < values.train_size < 6:
         raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
+
+
+def check_weights(values):
+    """Raise UsageError if the flags about weights contradict others."""
+    if values.pretrained and (values.train or values.validation_check):
+        raise UsageError(
+            "--pretrained takes the weights that come with the program and cannot be combined "
+            "with --train or --validation_check; to train on from them: --initial_weights="
+            f"pretrained/{'multi_' if values.multi_MNIST else ''}mnist"
+        )
+    if values.initial_weights and not values.train:
+        raise UsageError("--initial_weights starts a training and needs --train")
+    if values.initial_weights and values["initialization"].present:
+        raise UsageError("--initial_weights takes the place of --initialization; give one of them")
 
 
 def main(argv):

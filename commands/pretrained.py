@@ -1,11 +1,12 @@
-"""`--pretrained`: the weights that come with the program."""
+"""Exported weights: those that come with the program, and those that a training starts with."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
 import utils
-from errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from errors import NetworkMismatch, NoPretrainedWeights, PretrainedMismatch, UserError
 from training.checkpoints import METADATA, differences
 
 FILE = "weights.npz"
@@ -41,6 +42,26 @@ def load_pretrained(network, folder):
     for variable, value in zip(network.variables, values, strict=True):
         variable.assign(value)
     return metadata
+
+
+def load_initial(network, folder):
+    """Give a new network the weights that `write_network` wrote to a folder.
+
+    Returns:
+        A fingerprint of the weights.
+
+    Raises:
+        NetworkMismatch: they belong to another network.
+        UserError: there are none, or they are damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise UserError(f"{folder} has no {FILE}, expected a folder that --export wrote")
+    try:
+        load_pretrained(network, folder)
+    except PretrainedMismatch as error:
+        raise NetworkMismatch(error.place, error.differences) from None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import model
 import runtime
 import utils
 from commands import appearance
+from commands.pretrained import load_initial
 from commands.session import fingerprint
 from input_pipeline import batches, split_validation
 from runtime import Display, plural, say_written
@@ -87,7 +88,7 @@ def next_command(flags, modes):
         flags: values of the flags.
         modes: names of all modes.
     """
-    left_out = (*modes, "epoch", "restart", "strategy")
+    left_out = (*modes, "epoch", "restart", "strategy", "initial_weights")
     same = [
         flags[name].serialize() for name in flags if flags[name].present and name not in left_out
     ]
@@ -140,6 +141,9 @@ def make_trainer(session, report):
     Args:
         session: Session.
         report: takes a line of text for the user.
+
+    Raises:
+        UserError: the initial weights are missing or damaged, or those of another network.
     """
     flags, data, validation = session.flags, session.train_data, None
     if flags.validation_check and session.validation_data is not None:
@@ -147,6 +151,10 @@ def make_trainer(session, report):
     elif flags.validation_check:
         trained, held_out = split_validation(len(data.labels), flags.seed)
         data, validation = data.subset(trained), data.subset(held_out)
+    metadata = run_metadata(session)
+    if flags.initial_weights:
+        metadata["initial_weights"] = load_initial(session.network, flags.initial_weights)
+        report(f"Initial weights: those in {flags.initial_weights}.")
     names = config.TrainingConfig._fields
     looks = appearance.measure_appearance(
         data, session.dataset.inverted, session.dataset.subtracted
@@ -156,7 +164,7 @@ def make_trainer(session, report):
         data,
         config.TrainingConfig(**{name: getattr(flags, name) for name in names}),
         session.folders,
-        run_metadata(session),
+        metadata,
         validation=validation,
         jit=session.jit,
         strategy=session.strategy,

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import tensorflow as tf
 from story import (
     FAST,
     ROOT,
+    SMALL,
     assert_refused,
     decode,
     files,
@@ -30,6 +32,7 @@ from commands.pretrained import load_pretrained, pretrained_metadata
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from input_pipeline import Data
 from model import CapsNet
+from training.checkpoints import load_weights
 from training.evaluation import Evaluator
 
 pytest_plugins = ["story_fixtures"]
@@ -302,6 +305,34 @@ def test_missing_other_and_damaged_weights_are_told_apart(tmp_path, exported):
     np.savez(path, facts=json.dumps({"shape": small_network().architecture}))
     with pytest.raises(UserError, match="weights.npz is damaged"):
         load_pretrained(small_network(), tmp_path / "mnist")
+
+
+# ---------------------------------------------------------------- initial weights
+
+
+def test_a_training_starts_with_exported_weights(exported, tmp_path):
+    weights = exported / "taken/along"
+    words = ["--train", f"--initial_weights={weights}", *SMALL, "--learning_rate=1e-9"]
+    result = run(tmp_path, *words)
+    assert (result.code, result.err) == (0, "")
+    assert f"Initial weights: those in {weights}.\n" in result.out
+    assert "--initial_weights" not in result.out.splitlines()[-1]  # the command to type next
+    network = small_network()
+    metadata = load_weights(network, tmp_path / "checkpoint/mnist", print)
+    for value, expected in zip(network.get_weights(), varied_network().get_weights(), strict=True):
+        np.testing.assert_allclose(value, expected.astype(np.float16), atol=1e-5)
+    expected = hashlib.sha256((weights / "weights.npz").read_bytes()).hexdigest()
+    assert expected.startswith(metadata["training"]["initial_weights"])
+    assert "This run is finished" in run(tmp_path, *words).out
+
+
+def test_initial_weights_that_do_not_fit_are_refused_before_anything_is_written(exported, tmp_path):
+    refusal = run(tmp_path, "--train", "--initial_weights=nowhere", *SMALL)
+    assert_refused(refusal, 1, "nowhere has no weights.npz, expected a folder that --export wrote")
+    weights = f"--initial_weights={exported / 'taken/along'}"
+    refusal = run(tmp_path, "--train", weights, *SMALL, "--n_conv=9")
+    assert_refused(refusal, 1, "n_conv is 8 there and 9 here; give the flags")
+    assert files(tmp_path) == set()
 
 
 def test_the_weights_that_come_with_the_program_fit_the_default_network():
