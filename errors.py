@@ -106,7 +106,7 @@ class NetworkMismatch(UserError):
 
 
 class PretrainedMismatch(NetworkMismatch):
-    """The pretrained weights belong to a network of another architecture."""
+    """Exported weights belong to a network of another architecture."""
 
 
 class NoPretrainedWeights(UserError):

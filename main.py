@@ -166,7 +166,7 @@ ADVICE = {
     "the included weights (--pretrained), or name the folder of a trained network",
     errors.DamagedCheckpoints: "train again with --train --restart",
     errors.NetworkMismatch: "give the flags that it was trained with, or another folder",
-    errors.PretrainedMismatch: "leave these flags out, or train first, without --pretrained",
+    errors.PretrainedMismatch: "leave these flags out, or train without these weights",
     errors.NoPretrainedWeights: "train first (--train), without --pretrained",
     errors.RunMismatch: "give the same flags, or --restart to move it aside, or " + _OTHER_FOLDERS,
     errors.FolderInUse: "wait for it, or give " + _OTHER_FOLDERS,
@@ -354,10 +354,13 @@ def check_combinations(values):
 def check_weights(values):
     """Raise UsageError if the flags about weights contradict others."""
     if values.pretrained and (values.train or values.validation_check):
+        hint = ""
+        if values.train and values.dataset == "mnist":
+            folder = "pretrained/multi_mnist" if values.multi_MNIST else "pretrained/mnist"
+            hint = f"; to train them further: --initial_weights={folder}"
         raise UsageError(
             "--pretrained takes the weights that come with the program and cannot be combined "
-            "with --train or --validation_check; to train on from them: --initial_weights="
-            f"pretrained/{'multi_' if values.multi_MNIST else ''}mnist"
+            "with --train or --validation_check" + hint
         )
     if values.initial_weights and not values.train:
         raise UsageError("--initial_weights starts a training and needs --train")
@@ -427,6 +430,7 @@ def dispatch(values, argv, modes):
     from commands.export import check_new, export
     from commands.pictures import reconstruction_test, tweak_test
     from commands.predict import matching_files, predict
+    from commands.pretrained import find_exported
     from commands.session import Session
     from commands.train import train
     from training.distribution import barrier
@@ -435,6 +439,8 @@ def dispatch(values, argv, modes):
         check_new(values.export)  # before an hour of training
     if values.predict:
         matching_files(values.predict)
+    if values.initial_weights:
+        find_exported(values.initial_weights)
     session = Session(values, argv)
     with contextlib.ExitStack() as stack:
         if not session.chief:

@@ -1,12 +1,12 @@
 """Exported weights: those that come with the program, and those that a training starts with."""
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 
 import utils
-from errors import NetworkMismatch, NoPretrainedWeights, PretrainedMismatch, UserError
+from errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from runtime import ROOT
 from training.checkpoints import METADATA, differences
 
 FILE = "weights.npz"
@@ -39,29 +39,25 @@ def load_pretrained(network, folder):
         if different := differences(metadata["shape"], network.architecture):
             raise PretrainedMismatch(Path(folder) / FILE, different)
         values = [file[v.path] for v in network.variables]
+        for variable, value in zip(network.variables, values, strict=True):
+            if value.shape != tuple(variable.shape):
+                raise ValueError(f"{variable.path} has the shape {value.shape}")
     for variable, value in zip(network.variables, values, strict=True):
         variable.assign(value)
     return metadata
 
 
-def load_initial(network, folder):
-    """Give a new network the weights that `write_network` wrote to a folder.
-
-    Returns:
-        A fingerprint of the weights.
+def find_exported(folder):
+    """Return a folder of exported weights, which may be named from the program's folder.
 
     Raises:
-        NetworkMismatch: they belong to another network.
-        UserError: there are none, or they are damaged.
+        UserError: there are no weights in it.
     """
-    path = Path(folder) / FILE
-    if not path.exists():
-        raise UserError(f"{folder} has no {FILE}, expected a folder that --export wrote")
-    try:
-        load_pretrained(network, folder)
-    except PretrainedMismatch as error:
-        raise NetworkMismatch(error.place, error.differences) from None
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    candidates = Path(folder), ROOT / folder
+    for candidate in candidates:
+        if (candidate / FILE).is_file():
+            return candidate
+    raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
 
 
 @contextlib.contextmanager
@@ -75,4 +71,6 @@ def _open_weights(folder):
         with utils.open_npz(path) as file:
             yield file
     except (KeyError, *utils.NPZ_ERRORS) as error:
-        raise UserError(f"{path} is damaged ({error}); put back the original") from None
+        raise UserError(
+            f"{path} is damaged, or not an export ({error}); put back the original"
+        ) from None

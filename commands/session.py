@@ -216,12 +216,7 @@ class Session:
                 f"{names} here; give the --dataset that it was trained on, or train again if only "
                 "their order differs"
             )
-        seed = self.dataset.held_out_seed
-        if seed is not None and self._trained("held_out_seed") not in (None, seed):
-            raise UserError(
-                f"{self.weights_folder}: some test images that seed {seed} draws were trained on; "
-                f"give --seed={self._trained('held_out_seed')}"
-            )
+        self.check_unseen(self.weights_folder, self._trained("held_out_seed"))
         if self.dataset.inverted and not self._trained("inverted"):
             raise UserError(
                 f"{self.weights_folder} was trained on dark ink on a light ground, and this "
@@ -230,6 +225,23 @@ class Session:
         training = self.metadata["training"]
         if training["data"] != self.digest(training["train_size"]):
             print("These weights were trained on images that differ from those of --dataset.")
+
+    def check_unseen(self, folder, held_out_seed):
+        """Check that weights were not trained on test images of this session.
+
+        Args:
+            folder: folder of the weights.
+            held_out_seed: seed of the test images that they did not see, None if no seed drew them.
+
+        Raises:
+            UserError: they were.
+        """
+        seed = self.dataset.held_out_seed
+        if seed is not None and held_out_seed not in (None, seed):
+            raise UserError(
+                f"{folder}: some test images that seed {seed} draws were trained on; "
+                f"give --seed={held_out_seed}"
+            )
 
     @functools.cached_property
     def class_names(self):
@@ -263,10 +275,10 @@ class Session:
             tf.summary.image(name, picture[None])
 
 
-def fingerprint(images, labels):
-    """Return a fingerprint of images and their labels."""
+def fingerprint(*arrays):
+    """Return a fingerprint of arrays, such as images and their labels."""
     digest = hashlib.sha256()
-    for part in (images, labels):
+    for part in arrays:
         digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()[:16]
 

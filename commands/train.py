@@ -14,7 +14,7 @@ import model
 import runtime
 import utils
 from commands import appearance
-from commands.pretrained import load_initial
+from commands.pretrained import find_exported, load_pretrained
 from commands.session import fingerprint
 from input_pipeline import batches, split_validation
 from runtime import Display, plural, say_written
@@ -153,8 +153,9 @@ def make_trainer(session, report):
         data, validation = data.subset(trained), data.subset(held_out)
     metadata = run_metadata(session)
     if flags.initial_weights:
-        metadata["initial_weights"] = load_initial(session.network, flags.initial_weights)
-        report(f"Initial weights: those in {flags.initial_weights}.")
+        load_initial_weights(session, report)
+        del metadata["initialization"]
+        metadata["initial_weights"] = fingerprint(*session.network.get_weights())
     names = config.TrainingConfig._fields
     looks = appearance.measure_appearance(
         data, session.dataset.inverted, session.dataset.subtracted
@@ -173,6 +174,27 @@ def make_trainer(session, report):
         summarize=lambda evaluation: summarize(evaluation, data),
         description={appearance.KEY: looks.to_metadata()},
     )
+
+
+def load_initial_weights(session, report):
+    """Give the network of a session the weights that a new run starts with.
+
+    Args:
+        session: Session.
+        report: takes a line of text for the user.
+
+    Raises:
+        UserError: they are missing or damaged, those of another network, or saw the test images.
+    """
+    flags, folder = session.flags, find_exported(session.flags.initial_weights)
+    earlier = load_pretrained(session.network, folder)["training"]
+    session.check_unseen(folder, earlier.get("held_out_seed"))
+    report(f"A new run starts with the weights in {folder}.")
+    held_out_then = earlier.get("validation_check") and earlier["seed"] == flags.seed
+    same_images = earlier["data"] == session.digest(earlier["train_size"])
+    splits = flags.validation_check and session.validation_data is None
+    if splits and same_images and not held_out_then:
+        report("They were trained on images that are held out now, so validation looks too good.")
 
 
 def run_metadata(session):

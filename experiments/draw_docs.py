@@ -2,10 +2,10 @@
 
     python experiments/draw_docs.py
 
-Draws what the weights that come with the program give (all 10,000 test images are tested), and what
-results/experiments and the tables of docs/performance.md hold. Runs docs/tour.ipynb and saves it
-with its outputs. The learning curve, overlapping digits and TensorBoard need whole trainings;
-docs/results.md has their commands.
+Draws what the weights that come with the program give (all 10,000 test images and 10,000 pairs of
+them are tested), and what results/experiments and the tables of docs/performance.md hold. Runs
+docs/tour.ipynb and saves it with its outputs. The learning curve and TensorBoard need whole
+trainings; docs/results.md and docs/usage.md have their commands.
 
 A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
 of the ink are measured in the reconstructions while one dimension is changed. A name goes to the
@@ -16,6 +16,7 @@ images of each class, those are shown whose dimensions fit their names best.
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ PROPERTIES = ("slant", "thickness", "width", "height", "position")
 RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
 MEASURED = 300  # test digits of a class, for the spread of a property
 COPIED = ("confusion_matrix.png", "misclassified.png", "capsule_lengths.png", "predictions.png")
+PAIRS = {"multi_MNIST.png": "multi_MNIST.png", "predictions.png": "pair_predictions.png"}
 TOUR = runtime.ROOT / "docs" / "tour.ipynb"
 RESULTS = runtime.ROOT / "results" / "experiments"
 FLAGS = [
@@ -166,6 +168,19 @@ def draw_capsules(network, mnist, output):
     return [output / "sweep.gif", output / "overview.png"]
 
 
+def run_main(words, data_dir, folder):
+    """Run main.py, which writes its pictures to a folder and its results to logs/ in it."""
+    command = f"main.py {shlex.join(words)}"
+    words = [
+        *words,
+        f"--data_dir={Path(data_dir).resolve()}",
+        f"--sample_dir={folder}",
+        f"--logdir={folder}/logs",
+    ]
+    if subprocess.run([sys.executable, "main.py", *words], cwd=runtime.ROOT).returncode:
+        raise UserError(f"{command} failed, its message is above")
+
+
 def test_network(data_dir, output):
     """Test the pretrained network with main.py and keep its pictures.
 
@@ -173,15 +188,7 @@ def test_network(data_dir, output):
         The files, and the numbers of the test images that are wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--test", "--pretrained", "--predict=assets/digits/*.png"]
-        words += [
-            f"--data_dir={Path(data_dir).resolve()}",
-            f"--sample_dir={folder}",
-            f"--logdir={folder}/logs",
-        ]
-        done = subprocess.run([sys.executable, "main.py", *words], cwd=runtime.ROOT)
-        if done.returncode:
-            raise UserError("main.py --test --pretrained failed, its message is above")
+        run_main(["--test", "--pretrained", "--predict=assets/digits/*.png"], data_dir, folder)
         for name in COPIED:
             shutil.copy(Path(folder, name), output / name)
         table = Path(folder, "logs", "mnist_pretrained", "predictions.csv")
@@ -189,6 +196,16 @@ def test_network(data_dir, output):
             rows = list(csv.DictReader(file))
     wrong = [int(row["number"]) for row in rows if row["label"] != row["prediction"]]
     return [output / name for name in COPIED], wrong
+
+
+def test_pairs(data_dir, output):
+    """Test the pretrained network for overlapping digits with main.py; return the pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--test", "--multi_MNIST", "--pretrained", "--predict=assets/pairs/*.png"]
+        run_main(words, data_dir, folder)
+        for written, name in PAIRS.items():
+            shutil.copy(Path(folder, written), output / name)
+    return [output / name for name in PAIRS.values()]
 
 
 def draw_reconstructions(network, mnist, wrong, path):
@@ -307,7 +324,9 @@ def draw_all(flags):
     runtime.say_written(draw_capsules(network, mnist, output))
     files, wrong = test_network(flags.data_dir, output)
     draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
-    runtime.say_written([*files, output / "reconstruction.png"])
+    runtime.say_written(
+        [*files, output / "reconstruction.png", *test_pairs(flags.data_dir, output)]
+    )
     save_tour(TOUR)
     runtime.say_written([TOUR])
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import re
 import shutil
@@ -25,10 +24,14 @@ from story import (
     varied_network,
 )
 
+import commands.train
+import config
 import runtime
 from commands.appearance import appearance_from, measure_appearance
 from commands.export import check_new, model_card, write_network
-from commands.pretrained import load_pretrained, pretrained_metadata
+from commands.pretrained import find_exported, load_pretrained, pretrained_metadata
+from commands.session import fingerprint
+from commands.train import make_trainer
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from input_pipeline import Data
 from model import CapsNet
@@ -302,9 +305,17 @@ def test_missing_other_and_damaged_weights_are_told_apart(tmp_path, exported):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="weights.npz is damaged"):
             load_pretrained(small_network(), tmp_path / "mnist")
-    np.savez(path, facts=json.dumps({"shape": small_network().architecture}))
-    with pytest.raises(UserError, match="weights.npz is damaged"):
-        load_pretrained(small_network(), tmp_path / "mnist")
+    facts = json.dumps({"shape": small_network().architecture})
+    values = {v.path: v.numpy() for v in small_network().variables}
+    values["conv1/kernel"] = values["conv1/kernel"][:4]  # of another shape
+    for content in ({"facts": facts}, values, {"facts": facts, **values}):
+        np.savez(path, **content)
+        network = small_network()
+        before = network.get_weights()
+        with pytest.raises(UserError, match="weights.npz is damaged, or not an export"):
+            load_pretrained(network, tmp_path / "mnist")
+        for value, expected in zip(network.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(value, expected)
 
 
 # ---------------------------------------------------------------- initial weights
@@ -315,34 +326,93 @@ def test_a_training_starts_with_exported_weights(exported, tmp_path):
     words = ["--train", f"--initial_weights={weights}", *SMALL, "--learning_rate=1e-9"]
     result = run(tmp_path, *words)
     assert (result.code, result.err) == (0, "")
-    assert f"Initial weights: those in {weights}.\n" in result.out
+    assert f"A new run starts with the weights in {weights}.\n" in result.out
     assert "--initial_weights" not in result.out.splitlines()[-1]  # the command to type next
     network = small_network()
     metadata = load_weights(network, tmp_path / "checkpoint/mnist", print)
-    for value, expected in zip(network.get_weights(), varied_network().get_weights(), strict=True):
-        np.testing.assert_allclose(value, expected.astype(np.float16), atol=1e-5)
-    expected = hashlib.sha256((weights / "weights.npz").read_bytes()).hexdigest()
-    assert expected.startswith(metadata["training"]["initial_weights"])
+    halves = [value.astype(np.float16) for value in varied_network().get_weights()]
+    for value, expected in zip(network.get_weights(), halves, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+    expected = fingerprint(*(half.astype(np.float32) for half in halves))
+    assert metadata["training"]["initial_weights"] == expected
+    assert "initialization" not in metadata["training"]  # nothing of it was used
     assert "This run is finished" in run(tmp_path, *words).out
+
+
+def test_a_run_that_began_with_exported_weights_resumes_with_them_only(exported, tmp_path):
+    words = [*SMALL, "--averaging=0"]
+    weights = f"--initial_weights={exported / 'taken/along'}"
+    trainer = make_trainer(make_session("--train", weights, *words), print)
+    for folder in ("checkpoint", "other"):
+        path, settings = tmp_path / folder / "mnist", trainer.metadata["training"]
+        save_checkpoint(path, small_network(), step=5, last_step=15, **settings)
+    result = run(tmp_path, "--train", weights, *words)
+    assert result.code == 0 and "Resuming from step 5 " in result.out
+    refusal = run(tmp_path, "--train", *words, "--checkpoint_dir=other", "--logdir=other_logs")
+    assert_refused(refusal, 1, "initialization is None there", "initial_weights is ")
 
 
 def test_initial_weights_that_do_not_fit_are_refused_before_anything_is_written(exported, tmp_path):
     refusal = run(tmp_path, "--train", "--initial_weights=nowhere", *SMALL)
-    assert_refused(refusal, 1, "nowhere has no weights.npz, expected a folder that --export wrote")
+    assert_refused(refusal, 1, "no weights.npz in nowhere, expected a folder that --export wrote")
     weights = f"--initial_weights={exported / 'taken/along'}"
     refusal = run(tmp_path, "--train", weights, *SMALL, "--n_conv=9")
-    assert_refused(refusal, 1, "n_conv is 8 there and 9 here; give the flags")
+    assert_refused(refusal, 1, "n_conv is 8 there and 9 here; leave these flags out, or train")
     assert files(tmp_path) == set()
 
 
-def test_the_weights_that_come_with_the_program_fit_the_default_network():
-    folder = ROOT / "pretrained/mnist"
-    assert (folder / "weights.npz").stat().st_size < 20e6
-    network = CapsNet((28, 28, 1), 10, conv="dft")
+def test_initial_weights_may_be_named_from_the_folder_of_the_program(
+    exported, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert find_exported("pretrained/mnist") == ROOT / "pretrained/mnist"
+    assert find_exported(exported / "taken/along") == exported / "taken/along"
+
+
+def test_initial_weights_that_saw_held_out_images_are_refused_or_reported(exported, few):
+    weights = f"--initial_weights={exported / 'taken/along'}"
+    session = make_session("--train", weights, *SMALL, "--validation_check")
+    reports = []
+    make_trainer(session, reports.append)
+    assert len(reports) == 1  # these were trained on other images, as far as they say
+    metadata = {"training": {"data": session.digest(0), "train_size": 0, "seed": 0}}
+    for held_out, expected in ({}, 2), ({"validation_check": True}, 1):
+        reports.clear()
+        metadata["training"] |= held_out
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commands.train, "load_pretrained", lambda *_: metadata)
+            make_trainer(session, reports.append)
+        assert len(reports) == expected, reports
+    assert "held out" in reports[-1] or expected == 1
+    session.dataset = few._replace(held_out_seed=1)
+    metadata["training"]["held_out_seed"] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands.train, "load_pretrained", lambda *_: metadata)
+        with pytest.raises(UserError, match="seed 1 draws were trained on; give --seed=0"):
+            make_trainer(session, print)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "most_bytes", "least_accuracy"),
+    [("mnist", 28, 16e6, 0.99)],
+)
+def test_the_weights_that_come_with_the_program_are_those_of_the_default_network(
+    name, size, most_bytes, least_accuracy
+):
+    folder, overlap = ROOT / "pretrained" / name, name == "multi_mnist"
+    assert (folder / "weights.npz").stat().st_size < most_bytes
+    network = CapsNet((size, size, 1), 10, conv="dft")
     metadata = load_pretrained(network, folder)
-    assert metadata["training"]["data_deformation"] and metadata["training"]["train_size"] == 0
+    training = metadata["training"]
+    assert training["multi_MNIST"] == overlap
+    assert training.get("data_deformation", False) == (not overlap)
+    assert training["train_size"] == 0
     mnist = load_all("mnist", ROOT / "data")
     unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    if overlap:
+        unseen = unseen._replace(
+            padding=config.MULTI_PADDING, max_shift=config.MULTI_SHIFT, overlap=True
+        )
     evaluation = Evaluator(network, True).evaluate(unseen, unseen.evaluation_plan())
-    assert evaluation.accuracy > 0.99
+    assert evaluation.accuracy > least_accuracy
     assert f"trained for {metadata['step']:,} steps" in (folder / "README.md").read_text()

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import config
 import datasets
 import errors
 import figures
+import ops
+from input_pipeline import Data, batches
 
 ROOT = Path(__file__).parent.parent
 SLANT, THICKNESS, WIDTH, HEIGHT, POSITION = range(5)
@@ -162,7 +165,7 @@ def test_reconstructions_show_the_first_right_and_the_first_wrong_images(
     assert with_label.shape == (20, 1, 28, 28, 1)
 
 
-def pretend_main(monkeypatch, code=0):
+def pretend_main(monkeypatch, code=0, names=draw_docs.COPIED):
     """Replace the run of main.py by one that writes its files; return the words it was given."""
     given = []
 
@@ -172,7 +175,7 @@ def pretend_main(monkeypatch, code=0):
         folder, logs = Path(words["--sample_dir"]), Path(words["--logdir"], "mnist_pretrained")
         if code == 0:
             logs.mkdir(parents=True)
-            for name in draw_docs.COPIED:
+            for name in names:
                 (folder / name).write_text(name)
             with open(logs / "predictions.csv", "w", newline="") as file:
                 rows = [["number", "label", "prediction"], [0, 7, 7], [1, 2, 3], [2, 1, 1]]
@@ -191,10 +194,37 @@ def test_the_pictures_of_a_test_are_those_of_main_py(tmp_path, monkeypatch):
     assert [path.read_text() for path in files] == list(draw_docs.COPIED)
 
 
-def test_a_test_that_fails_is_said(tmp_path, monkeypatch):
+def test_the_pictures_of_pairs_are_those_of_main_py_under_their_own_names(tmp_path, monkeypatch):
+    given = pretend_main(monkeypatch, names=draw_docs.PAIRS)
+    files = draw_docs.test_pairs("some/data", tmp_path)
+    assert {"--multi_MNIST", "--pretrained", "--predict=assets/pairs/*.png"} <= set(given)
+    written = {path.name: path.read_text() for path in files}
+    assert written == {
+        "multi_MNIST.png": "multi_MNIST.png",
+        "pair_predictions.png": "predictions.png",
+    }
+
+
+def test_the_pairs_to_try_are_the_first_test_pairs():
+    mnist = datasets.load_dataset("mnist", ROOT / "data")
+    padding, shift = config.MULTI_PADDING, config.MULTI_SHIFT
+    data = Data(mnist.x_test, mnist.y_test, padding, shift, True)
+    digits, shifts, labels, _ = next(iter(batches(data, data.evaluation_plan().take(slice(6)), 6)))
+    canvas, _ = ops.compose(digits, shifts, padding)
+    assert len(list((ROOT / "assets/pairs").iterdir())) == 6
+    for image, (first, second) in zip(canvas.numpy(), labels.numpy(), strict=True):
+        with Image.open(ROOT / f"assets/pairs/{first}_and_{second}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), np.round(255 * image[..., 0]))
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [(draw_docs.test_network, "--test --pretrained"), (draw_docs.test_pairs, "--multi_MNIST")],
+)
+def test_a_test_that_fails_is_said(tmp_path, monkeypatch, test, words):
     pretend_main(monkeypatch, code=1)
-    with pytest.raises(errors.UserError, match="failed, its message is above"):
-        draw_docs.test_network("data", tmp_path)
+    with pytest.raises(errors.UserError, match=f"{words}.* failed, its message is above"):
+        test("data", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -562,7 +562,7 @@ def test_a_flag_that_is_given_more_than_once_is_refused(capsys, words, problem):
 def test_the_home_folder_is_written_as_a_tilde_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["dataset", "data_dir", "export", "predict", "sample_dir", "tweak_dir", "logdir"]
-    names += ["checkpoint_dir", "val_checkpoint_dir", "multi_checkpoint_dir"]
+    names += ["checkpoint_dir", "val_checkpoint_dir", "multi_checkpoint_dir", "initial_weights"]
     values = main.parse(["main.py", "--train", *(f"--{name}=~/{name}.npz" for name in names)])
     for name in names:
         assert getattr(values, name) == f"{tmp_path}/{name}.npz"
