@@ -394,7 +394,7 @@ def test_initial_weights_that_saw_held_out_images_are_refused_or_reported(export
 
 @pytest.mark.parametrize(
     ("name", "size", "most_bytes", "least_accuracy"),
-    [("mnist", 28, 16e6, 0.99)],
+    [("mnist", 28, 16e6, 0.99), ("multi_mnist", 36, 25e6, 0.8)],
 )
 def test_the_weights_that_come_with_the_program_are_those_of_the_default_network(
     name, size, most_bytes, least_accuracy

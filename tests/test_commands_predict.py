@@ -373,6 +373,16 @@ def test_files_are_predicted_without_the_data_set(tmp_path, all_images):
     assert_refused(run(tmp_path, "--test", *words), 1, "nonexistent/mnist")
 
 
+def test_the_pairs_that_come_with_the_program_are_read_as_they_are(tmp_path):
+    files = sorted((ROOT / "assets/pairs").glob("*.png"))
+    words = ["--predict=" + str(ROOT / "assets/pairs/*.png"), "--multi_MNIST", "--pretrained"]
+    result = run(tmp_path, *words, "--data_dir=nonexistent")
+    assert (result.code, result.err) == (0, "")
+    found = re.findall(r"(\d)_and_(\d)\.png \(unchanged\): (\d) and (\d) ", result.out)
+    assert len(found) == len(files) == 6
+    assert sum({a, b} == {c, d} for a, b, c, d in found) > 3
+
+
 def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatch):
     network = varied_network((36, 36, 1))
     data = make_session(*FAST, "--multi_MNIST").train_data
