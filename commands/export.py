@@ -125,6 +125,8 @@ def model_card(session, metadata, result):
     else:
         measured = "Not measured: these weights were exported without a test."
     duration = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
+    if training.get("initial_weights"):
+        duration += ", starting with exported weights"
     settings = (metadata["shape"] | training).items()
     return (
         (ROOT / "assets" / "model_card.md")

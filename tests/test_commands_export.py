@@ -241,6 +241,8 @@ def test_a_card_lists_the_settings_the_parameters_and_the_classes(few):
         assert setting in card
     assert "(N, 10, 4)" in card and "`reconstructions` (N, 1, 28, 28, 1)" in card
     assert "`python main.py --pretrained --export=DIR`" in card
+    further = card_of(make_session(*FAST, initial_weights="abc"), None)
+    assert "steps in 90 minutes, starting with exported weights.\n" in further
     pairs = card_of(make_session(*FAST, "--multi_MNIST"), None)
     assert "`reconstructions` (N, 2, 36, 36, 1)" in pairs
     assert "`python main.py --multi_MNIST --pretrained --export=DIR`" in pairs
