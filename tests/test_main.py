@@ -633,6 +633,10 @@ def nothing(folder, patch):
     pass
 
 
+def none_included(folder, patch):
+    patch.setattr(runtime, "ROOT", folder)
+
+
 def mixed_sizes(folder, patch):
     patch.setattr(datasets, "load_dataset", load_all)
     for number, (split, name) in enumerate(itertools.product(("train", "test"), "ab")):
@@ -653,7 +657,7 @@ def mixed_sizes(folder, patch):
         (errors.DamagedCheckpoints, damaged_checkpoint, ["--train", "--validation_check"]),
         (errors.NetworkMismatch, a_checkpoint, ["--test", "--digit_dim=5"]),
         (errors.PretrainedMismatch, nothing, ["--test", "--pretrained"]),
-        (errors.NoPretrainedWeights, nothing, ["--test", "--pretrained", "--multi_MNIST"]),
+        (errors.NoPretrainedWeights, none_included, ["--test", "--pretrained"]),
         (errors.RunMismatch, unfinished_run, ["--train"]),
         (errors.FolderInUse, training_elsewhere, ["--train"]),
         (errors.FolderTaken, taken_folder, ["--train"]),
