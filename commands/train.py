@@ -151,11 +151,8 @@ def make_trainer(session, report):
     elif flags.validation_check:
         trained, held_out = split_validation(len(data.labels), flags.seed)
         data, validation = data.subset(trained), data.subset(held_out)
-    metadata = run_metadata(session)
     if flags.initial_weights:
         load_initial_weights(session, report)
-        del metadata["initialization"]
-        metadata["initial_weights"] = fingerprint(*session.network.get_weights())
     names = config.TrainingConfig._fields
     looks = appearance.measure_appearance(
         data, session.dataset.inverted, session.dataset.subtracted
@@ -165,7 +162,7 @@ def make_trainer(session, report):
         data,
         config.TrainingConfig(**{name: getattr(flags, name) for name in names}),
         session.folders,
-        metadata,
+        run_metadata(session),
         validation=validation,
         jit=session.jit,
         strategy=session.strategy,
@@ -191,9 +188,8 @@ def load_initial_weights(session, report):
     session.check_unseen(folder, earlier.get("held_out_seed"))
     report(f"A new run starts with the weights in {folder}.")
     held_out_then = earlier.get("validation_check") and earlier["seed"] == flags.seed
-    same_images = earlier["data"] == session.digest(earlier["train_size"])
     splits = flags.validation_check and session.validation_data is None
-    if splits and same_images and not held_out_then:
+    if splits and not held_out_then and earlier["data"] == session.digest(earlier["train_size"]):
         report("They were trained on images that are held out now, so validation looks too good.")
 
 
@@ -216,6 +212,9 @@ def run_metadata(session):
     if flags.multi_MNIST and flags.multi_shift != config.MULTI_SHIFT:  # older runs do not name it
         metadata["multi_shift"] = flags.multi_shift
     # These too are named only where they matter, so that older runs resume.
+    if flags.initial_weights:  # which the network has by now
+        del metadata["initialization"]
+        metadata["initial_weights"] = fingerprint(*session.network.get_weights())
     if flags.image_size:
         metadata["image_size"] = flags.image_size
     if session.dataset.inverted:
