@@ -78,9 +78,9 @@ FLAGS = {
         ("batch_size", TRAINING.batch_size, (1, 10**5), "images per step, over all devices"),
         ("learning_rate", TRAINING.learning_rate, (1e-9, 10.0), "initial learning rate (Adam)"),
         ("decay_rate", TRAINING.decay_rate, (1e-6, 1.0),
-         "factor by which the learning rate falls in --decay_steps steps, at most 1"),
+         "factor that multiplies the learning rate over --decay_steps steps, at most 1"),
         ("decay_steps", TRAINING.decay_steps, (1, 10**9),
-         "steps in which the learning rate falls by --decay_rate"),
+         "steps over which --decay_rate multiplies the learning rate once"),
         ("reconstruction_weight", TRAINING.reconstruction_weight, (0.0, 1e6),
          "weight of the reconstruction loss, the sum of the squared pixel errors"),
         ("averaging", TRAINING.averaging, (0.0, 0.99999),
@@ -89,8 +89,8 @@ FLAGS = {
         ("initialization", config.INITIALIZATION, tuple(config.INITIALIZATIONS),
          "initial weights: Glorot's, or those of the authors' public code"),
         ("recipe", "default", tuple(config.RECIPES),
-         "defaults of the other flags; authors: the settings of their public code; long: 50 "
-         "epochs"),
+         "defaults of the other flags; authors: the settings of the authors' public code; long: "
+         "50 epochs"),
         ("seed", TRAINING.seed, (0, 2**31 - 1),
          "seed of the initial weights, the order, the shifts and the pairs"),
         ("save_steps", config.SAVE_STEPS, (1, 10**9),
