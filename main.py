@@ -448,6 +448,7 @@ def dispatch(values, argv, modes):
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         if values.train:
             train(session, MODES[1:])
+            barrier(session.strategy)  # the chief has saved: all workers load the same weights
         if modes != ["train"]:
             session.load()
         for mode in (test, reconstruction_test, tweak_test, export, predict):

@@ -179,7 +179,7 @@ def kills_in_training(folder, dice, flags, kills):
     """Kill trainings at random moments after the first step, and compare how they end.
 
     Returns:
-        Number of kills, and of the runs that ended differently.
+        Number of kills, and of those in runs that ended differently.
     """
     reference, seconds = train_undisturbed(folder / "reference", flags)
     if train_undisturbed(folder / "again", flags)[0] != reference:
@@ -187,9 +187,10 @@ def kills_in_training(folder, dice, flags, kills):
     done = lost = runs = 0
     while done < kills:
         place, runs = folder / f"killed_{runs}", runs + 1
-        done += train_with_kills(place, flags, dice, seconds)
+        killed = train_with_kills(place, flags, dice, seconds)
         same = fingerprint(place) == reference
-        lost += not same
+        done += killed
+        lost += 0 if same else max(1, killed)  # any of the kills may be the cause
         end = "identical" if same else "DIFFERS"
         print(f"  run {runs}: {done} kills so far, end {end}", flush=True)
         shutil.rmtree(place)

@@ -72,14 +72,14 @@ def describe(command, runs):
     if len(runs) > 1:
         deviation = statistics.stdev(run["error_percent"] for run in runs)
         error = f"{mean_error(runs):.3f} ± {deviation:.3f}"
-    seconds = [run["training_seconds"] for run in runs if run["training_seconds"]]
+    seconds = [run["training_seconds"] for run in runs]
     return [
         f"`{command}`",
         ", ".join(str(run["seed"]) for run in runs),
         ", ".join(f"{run['wrong']:,}" for run in runs) + f" of {runs[0]['images']:,}",
         error,
         *REFERENCES.get(runs[0]["dataset"], ("–", "–")),
-        ", ".join(f"{each / 60:.0f}" for each in seconds),
+        ", ".join(f"{each / 60:.0f}" if each else "–" for each in seconds),
         ", ".join(sorted({run["date"][:10] for run in runs})),
     ]
 

@@ -56,6 +56,7 @@ NETWORKS = {
     "cnn_section5": Network("CNN, section 5", "mnist"),
     "cnn_authors": Network("CNN, authors", "authors"),
 }
+COLORS = dict(zip(NETWORKS, (*figures.LINE_COLORS, "#2a7f4f", "#8a5fb0"), strict=True))
 ROTATION, SHEAR, SCALE = 20.0, 0.2, 0.2  # affNIST's limits: degrees; ratio; from 1, in each axis
 
 
@@ -382,9 +383,10 @@ def draw(path, outcomes):
     """Draw the accuracy of each network over the values of each factor."""
     figure, panels = figures.new_figure(len(SWEEPS), width=9, sharey=True)
     for panel, (factor, sweep) in zip(panels, SWEEPS.items(), strict=True):
-        for (name, outcome), color in zip(outcomes.items(), figures.LINE_COLORS, strict=False):
+        for name, outcome in outcomes.items():
             shares = outcome["sweeps"][factor]
-            panel.plot(sweep.values, shares, "o-", ms=3, color=color, label=NETWORKS[name].title)
+            style = {"color": COLORS[name], "label": NETWORKS[name].title}
+            panel.plot(sweep.values, shares, "o-", ms=3, **style)
         panel.axvspan(*sweep.in_affnist, color="#e4e6e8", lw=0, label="affNIST's range")
         figures.label_panel(panel, factor.capitalize(), sweep.unit)
     panels[0].set_ylabel("accuracy (%)", fontsize=7)

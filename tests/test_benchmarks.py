@@ -122,7 +122,7 @@ def test_runs_of_one_command_but_for_its_seed_are_a_row_with_mean_and_deviation(
         ["`python main.py --train --test --epoch=3`", "0", "1,058 of 10,000", "10.58",
          "0.25 ± 0.005", "0.31", "10", "2026-01-02"],
         ["`python main.py --train --test`", "0, 1, 2", "44, 42, 48 of 10,000", "0.447 ± 0.031",
-         "0.25 ± 0.005", "0.31", "10, 20", "2026-01-02, 2026-01-03"],
+         "0.25 ± 0.005", "0.31", "10, –, 20", "2026-01-02, 2026-01-03"],
     ]  # fmt: skip
 
 
@@ -725,13 +725,13 @@ def test_a_training_is_started_again_until_it_ends(tmp_path, monkeypatch):
     assert kills == 2 and (tmp_path / "a/starts").read_text() == "xxx"
 
 
-def test_runs_that_end_differently_are_counted(tmp_path, monkeypatch):
+def test_all_kills_of_a_run_that_ends_differently_are_counted(tmp_path, monkeypatch):
     ends = iter([("same", 1.0), ("same", 1.0)])
     monkeypatch.setattr(faults, "train_undisturbed", lambda folder, flags: next(ends))
     monkeypatch.setattr(faults, "train_with_kills", lambda folder, *_: folder.mkdir() or 2)
     fingerprints = iter(["same", "other", "same"])
     monkeypatch.setattr(faults, "fingerprint", lambda folder: next(fingerprints))
-    assert faults.kills_in_training(tmp_path, random.Random(0), [], 5) == (6, 1)
+    assert faults.kills_in_training(tmp_path, random.Random(0), [], 5) == (6, 2)
 
 
 def test_fingerprints_are_equal_for_equal_states_and_events_only(tmp_path):

@@ -802,7 +802,7 @@ def test_a_network_of_the_affine_experiment_is_tested_once_and_its_table_printed
 def test_the_curves_are_the_shares_of_each_factor_on_its_values_and_affnists_range(saved):
     sweeps = {
         name: {factor: [90 + n, 80, 70, 60 - i] for i, factor in enumerate(affine.SWEEPS)}
-        for n, name in enumerate(("capsnet", "cnn"))
+        for n, name in enumerate(affine.NETWORKS)
     }
     affine.draw("a.png", {name: {"sweeps": values} for name, values in sweeps.items()})
     ((_, figure),) = saved
@@ -810,9 +810,10 @@ def test_the_curves_are_the_shares_of_each_factor_on_its_values_and_affnists_ran
     for panel, (factor, sweep) in zip(figure.axes, affine.SWEEPS.items(), strict=True):
         lines = lines_of(panel)
         assert lines == {
-            "CapsNet": (list(sweep.values), sweeps["capsnet"][factor]),
-            "CNN, pooled": (list(sweep.values), sweeps["cnn"][factor]),
+            network.title: (list(sweep.values), sweeps[name][factor])
+            for name, network in affine.NETWORKS.items()
         }
+        assert len({line.get_color() for line in panel.lines}) == len(affine.NETWORKS)
         title = panel.get_title(loc="left")
         (span,) = panel.patches
         left = span.get_x()

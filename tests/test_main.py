@@ -383,7 +383,7 @@ def test_modes_run_in_their_order_after_what_can_be_refused_at_once(tmp_path, mo
     words = ["--predict=x", "--export=y", "--tweak_test", "--reconstruction_test", "--test"]
     result = run(tmp_path, *words, "--train", "--logdir=a b")
     assert calls == [
-        *("check_new", "matching_files", "session", "train", "load"),
+        *("check_new", "matching_files", "session", "train", "barrier", "load"),
         *("test", "reconstruction_test", "tweak_test", "export", "predict", "barrier"),
     ]
     assert result.code == 0 and result.out.endswith("\nNext: tensorboard --logdir='a b'\n")
@@ -396,7 +396,7 @@ def test_only_the_modes_that_are_asked_for_run(tmp_path, monkeypatch):
         value = {"export": "=y", "predict": "=x"}.get(mode, "")
         result = run(tmp_path, f"--{mode}{value}")
         checks = {"export": ["check_new"], "predict": ["matching_files"]}.get(mode, [])
-        steps = ["train"] if mode == "train" else ["load", mode]
+        steps = ["train", "barrier"] if mode == "train" else ["load", mode]
         assert calls == [*checks, "session", *steps, "barrier"]
         assert ("tensorboard" in result.out) is (mode == "test")
 
@@ -405,7 +405,7 @@ def test_other_workers_than_the_chief_train_and_test_in_silence(tmp_path, monkey
     calls = stub_modes(monkeypatch, chief=False)
     words = ["--train", "--test", "--reconstruction_test", "--tweak_test", "--export=x"]
     result = run(tmp_path, *words)
-    assert calls == ["check_new", "session", "train", "load", "test", "barrier"]
+    assert calls == ["check_new", "session", "train", "barrier", "load", "test", "barrier"]
     assert result == (0, "printed by check_new\n", "")
 
 
