@@ -216,31 +216,40 @@ class Session:
                 f"{names} here; give the --dataset that it was trained on, or train again if only "
                 "their order differs"
             )
-        self.check_unseen(self.weights_folder, self._trained("held_out_seed"))
         if self.dataset.inverted and not self._trained("inverted"):
             raise UserError(
                 f"{self.weights_folder} was trained on dark ink on a light ground, and this "
                 "version inverts these images; train again"
             )
+        self.check_unseen(self.weights_folder, self.metadata["training"])
         training = self.metadata["training"]
         if training["data"] != self.digest(training["train_size"]):
             print("These weights were trained on images that differ from those of --dataset.")
 
-    def check_unseen(self, folder, held_out_seed):
-        """Check that weights were not trained on test images of this session.
+    def check_unseen(self, folder, training):
+        """Check that weights were not trained on test images that the seed draws in this session.
+
+        Which images it draws depends on the files as well.
 
         Args:
             folder: folder of the weights.
-            held_out_seed: seed of the test images that they did not see, None if no seed drew them.
+            training: settings of their training.
 
         Raises:
             UserError: they were.
         """
-        seed = self.dataset.held_out_seed
-        if seed is not None and held_out_seed not in (None, seed):
+        name, seed, held_out = self.dataset.name, self.dataset.held_out_seed, "held_out_seed"
+        if seed is None or training.get(held_out) is None or training.get("dataset") != name:
+            return
+        if training[held_out] != seed:
             raise UserError(
                 f"{folder}: some test images that seed {seed} draws were trained on; "
-                f"give --seed={held_out_seed}"
+                f"give --seed={training[held_out]}"
+            )
+        if training["data"] != self.digest(training["train_size"]):
+            raise UserError(
+                f"{folder}: the images of {name} have changed since the training, so other test "
+                "images are drawn, and some were trained on; restore them, or train again"
             )
 
     @functools.cached_property

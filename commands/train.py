@@ -185,12 +185,21 @@ def load_initial_weights(session, report):
     """
     flags, folder = session.flags, find_exported(session.flags.initial_weights)
     earlier = load_pretrained(session.network, folder)["training"]
-    session.check_unseen(folder, earlier.get("held_out_seed"))
-    report(f"A new run starts with the weights in {folder}.")
-    held_out_then = earlier.get("validation_check") and earlier["seed"] == flags.seed
+    session.check_unseen(folder, earlier)
+    report(f"The initial weights are those in {folder}.")
+    if earlier["data"] != session.digest(earlier["train_size"]):
+        return
+    # What decides which images are held out, and the order, shifts and pairs of each epoch.
+    now = flags.seed, session.train_size, flags.validation_check
+    same = now == tuple(earlier.get(name) for name in ("seed", "train_size", "validation_check"))
     splits = flags.validation_check and session.validation_data is None
-    if splits and not held_out_then and earlier["data"] == session.digest(earlier["train_size"]):
-        report("They were trained on images that are held out now, so validation looks too good.")
+    if splits and not (same and "initial_weights" not in earlier):
+        report("Images that are held out now may have trained them: validation may look too good.")
+    if same:
+        report(
+            f"They were trained with seed {flags.seed} too, whose order, shifts and pairs repeat; "
+            "another --seed draws new ones."
+        )
 
 
 def run_metadata(session):

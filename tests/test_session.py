@@ -618,6 +618,12 @@ def test_weights_are_not_tested_on_images_that_they_were_trained_on(tmp_path, mo
     session_of(*words, "--test").load()
     with pytest.raises(UserError, match="trained on; give --seed=3"):
         session_of(*words[:-1], "--test", "--seed=4").load()
+    other = session_of(*words[:-1], "--seed=4")
+    other.check_unseen("exported", training | {"dataset": "other photos"})
+    # One file more, and the same seed draws other test images.
+    shutil.copy(tmp_path / "photos/blue/0.jpg", tmp_path / "photos/blue/00.jpg")
+    with pytest.raises(UserError, match="images of photos have changed since the training"):
+        session_of(*words, "--test").load()
 
 
 def test_images_of_two_channels_are_trained_tested_and_drawn_but_not_predicted(
