@@ -16,7 +16,6 @@ Examples:
 import contextlib
 import itertools
 import os
-import re
 import shlex
 import sys
 
@@ -178,14 +177,7 @@ ADVICE = {
 
 def advice(error):
     """Return which flag or command helps against an error, "" if the error says so itself."""
-    if isinstance(error, errors.DataFileError):
-        if error.dataset is None:
-            return "put a good copy in its place"
-        return f"run: python download.py {error.dataset}"
-    if runtime.is_out_of_memory(error):
-        return ADVICE[MemoryError]
-    kinds = (kind for kind in type(error).__mro__ if kind in ADVICE)
-    return ADVICE.get(next(kinds, None), "")
+    return usage.advice_for(error, ADVICE, runtime.is_out_of_memory(error))
 
 
 def help_text():
@@ -288,14 +280,14 @@ def check_values(values):
         raise UsageError(
             f"--dataset={dataset} is unknown, or no such folder, expected {datasets.FORMS}"
         )
-    check_image_size(values)
+    refuse_bad_size(values)
 
 
-def check_image_size(values):
+def refuse_bad_size(values):
     """Raise UsageError if --image_size is given and is not a size."""
-    sides = re.fullmatch(r"(\d+)x(\d+)", values.image_size)
+    sides = usage.parse_size(values.image_size)
     given = values["image_size"].present
-    if given and not (sides and all(1 <= int(side) <= LARGEST_SIDE for side in sides.groups())):
+    if given and not (sides and all(1 <= side <= LARGEST_SIDE for side in sides)):
         raise UsageError(
             f"--image_size={values.image_size}, expected height and width in pixels, 1 to "
             f"{LARGEST_SIDE}, such as 32x48"

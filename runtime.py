@@ -235,6 +235,17 @@ def commit():
     return done.stdout.strip()
 
 
+def here_or_in_program(folder, needed):
+    """Return a folder of the working folder or else of the program that has a file, or None.
+
+    Args:
+        folder: path, relative to the working folder or to the program's.
+        needed: name of the file or folder that must be in it.
+    """
+    candidates = Path(folder), ROOT / folder
+    return next((path for path in candidates if (path / needed).exists()), None)
+
+
 def provenance():
     """Return what a result was made with: machine, commit, date (UTC) and versions."""
     import keras

@@ -1,13 +1,17 @@
-"""Texts about command-line flags: lines of `--help`, and what is wrong with a command line.
+"""Texts about the command line: lines of `--help`, what is wrong with it, what helps.
 
 `main.py` and the scripts of experiments/ and benchmarks/ share them.
 """
 
 import difflib
 import re
+import shlex
 import textwrap
+from pathlib import Path
 
 from absl import flags
+
+from errors import DataFileError
 
 WIDTH = 96  # columns of the help
 COLUMN = 28  # where the descriptions of the flags begin
@@ -121,6 +125,38 @@ def describe_problem(error, names):
             problem = "expected True or False"
         return " ".join(f"{given}: {problem}".split())
     return text.removeprefix("ERROR:: ")
+
+
+def advice_for(error, table, out_of_memory=False):
+    """Return what the user can do against an error, "" if the error says so itself.
+
+    Args:
+        error: the error.
+        table: dict of type of error to advice; an error without its own gets that of its base.
+        out_of_memory: whether it says that memory is short.
+    """
+    if isinstance(error, DataFileError):
+        if error.dataset is None:
+            return "put a good copy in its place"
+        return f"run: {download_command(error)}"
+    kinds = (MemoryError,) if out_of_memory else type(error).__mro__
+    return next((table[kind] for kind in kinds if kind in table), "")
+
+
+def download_command(error):
+    """Return the command that fetches the files of a DataFileError to where they were missed."""
+    program, place = Path(__file__).resolve().with_name("download.py"), Path(error.place)
+    folder = place if place.name == error.dataset else place.parent
+    words = [program.name if program.parent == Path.cwd() else str(program), error.dataset]
+    if folder.parent.resolve() != Path("data").resolve():  # the default of download.py
+        words.append(f"--data_dir={folder.parent}")
+    return shlex.join(["python", *words])
+
+
+def parse_size(text):
+    """Return the (H, W) that a text such as "32x48" says, None if it says none."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    return tuple(map(int, sides.groups())) if sides else None
 
 
 def see_help(problem):

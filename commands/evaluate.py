@@ -239,7 +239,7 @@ def save_multi_sheet(session, plan, evaluation):
         f"{len(right[:RIGHT_PAIRS])} right ones, then the first {len(wrong[:WRONG_PAIRS])} wrong "
         "ones"
     )
-    outputs, _ = outputs_of(session, plan.take(chosen))
+    outputs, _ = outputs_of(session.network, session.test_data, plan.take(chosen))
     path = Path(session.flags.sample_dir) / "multi_MNIST.png"
     figures.save_multi(
         path,

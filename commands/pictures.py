@@ -10,14 +10,13 @@ from runtime import say_written
 GRID_IMAGES = 64
 
 
-def outputs_of(session, plan):
-    """Run the network on the test examples of a plan, all in one batch.
+def outputs_of(network, data, plan):
+    """Run a network on the examples of a plan of the data, all in one batch.
 
     Returns:
         Outputs as arrays, and the labels (B, K).
     """
-    batch = next(iter(batches(session.test_data, plan, len(plan.index))))
-    network = session.network
+    batch = next(iter(batches(data, plan, len(plan.index))))
     outputs = network.outputs(batch, network.spectra(), uncompiled)
     return Outputs(*(value.numpy() for value in outputs)), batch[2].numpy()
 
@@ -25,7 +24,7 @@ def outputs_of(session, plan):
 def reconstruction_test(session):
     """Draw one batch of test images and its reconstructions with both masks (section 4.1)."""
     plan = session.test_data.evaluation_plan().take(slice(GRID_IMAGES))
-    outputs, labels = outputs_of(session, plan)
+    outputs, labels = outputs_of(session.network, session.test_data, plan)
     folder = Path(session.flags.sample_dir)
     grids = {
         "samples_arrange": outputs.canvas,
@@ -52,7 +51,7 @@ def tweak_test(session):
     names = figures.drawable_names(session.dataset.class_names)
     folder = Path(session.flags.tweak_dir)
     plan = session.test_data.evaluation_plan().take(slice(session.flags.tweak_num))
-    outputs, _ = outputs_of(session, plan)
+    outputs, _ = outputs_of(session.network, session.test_data, plan)
     longest = outputs.predictions[:, 0]
     images = session.network.tweak(outputs.capsules, longest)  # (D, digits, steps, H, W, C)
     shown = [names[k] for k in longest]

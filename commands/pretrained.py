@@ -6,7 +6,7 @@ from pathlib import Path
 
 import utils
 from errors import NoPretrainedWeights, PretrainedMismatch, UserError
-from runtime import ROOT
+from runtime import here_or_in_program
 from training.checkpoints import METADATA, differences
 
 FILE = "weights.npz"
@@ -53,11 +53,10 @@ def find_exported(folder):
     Raises:
         UserError: there are no weights in it.
     """
-    candidates = Path(folder), ROOT / folder
-    for candidate in candidates:
-        if (candidate / FILE).is_file():
-            return candidate
-    raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
+    found = here_or_in_program(folder, FILE)
+    if found is None:
+        raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
+    return found
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import keras
@@ -21,6 +20,7 @@ from training.checkpoints import load_weights, newest_metadata
 from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
 from training.folders import Folders, claim
+from usage import parse_size
 
 # Modes that write to the run's log folder, or read its events.
 MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
@@ -69,7 +69,7 @@ class Session:
         """
         flags = self.flags
         dataset = datasets.load_dataset(
-            flags.dataset, data_folder(flags), image_size(flags.image_size), flags.seed
+            flags.dataset, data_folder(flags), parse_size(flags.image_size), flags.seed
         )
         if flags.multi_MNIST:
             dataset = datasets.remove_ground(dataset)
@@ -292,13 +292,10 @@ def fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
-def image_size(text):
-    """Return the (H, W) that a text such as "32x48" says, None if it is empty."""
-    return tuple(map(int, text.split("x"))) if text else None
-
-
 def data_folder(flags):
-    """Return the folder of the data sets: by default ./data if it exists, else the program's."""
-    if flags["data_dir"].present or os.path.isdir(flags.data_dir):
+    """Return the folder of the data sets: ./data if this one is in it, else the program's."""
+    if flags["data_dir"].present:
         return flags.data_dir
-    return runtime.ROOT / flags.data_dir
+    return (
+        runtime.here_or_in_program(flags.data_dir, flags.dataset) or runtime.ROOT / flags.data_dir
+    )

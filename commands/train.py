@@ -14,9 +14,10 @@ import model
 import runtime
 import utils
 from commands import appearance
+from commands.pictures import outputs_of
 from commands.pretrained import find_exported, load_pretrained
 from commands.session import fingerprint
-from input_pipeline import batches, split_validation
+from input_pipeline import split_validation
 from runtime import Display, plural, say_written
 from training.events import read_scalars
 from training.trainer import Trainer
@@ -242,16 +243,14 @@ def run_metadata(session):
 
 def draw_examples(network, data):
     """Draw reconstructions and tweaks of the first images: pictures by their tags."""
-    plan = data.evaluation_plan().take(slice(EXAMPLES))
-    batch = next(iter(batches(data, plan, len(plan.index))))
-    outputs = model.Outputs(*(value.numpy() for value in network.outputs(batch)))
+    outputs, labels = outputs_of(network, data, data.evaluation_plan().take(slice(EXAMPLES)))
     names, first = figures.drawable_names(data.class_names), outputs.predictions[:1, 0]
     reconstructions = figures.save_reconstructions(
         None,
         outputs.canvas,
         outputs.with_label,
         outputs.without_label,
-        batch[2].numpy(),
+        labels,
         outputs.predictions,
         names,
     )

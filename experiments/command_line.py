@@ -123,7 +123,7 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         doc: docstring of the script, for `--help`.
         definitions: list of Flag.
         function: takes the values of the flags; returns an exit code, None for 0.
-        advice: dict of type of error to what the user can do; more than `advise` knows.
+        advice: dict of type of error to what the user can do, see `usage.advice_for`.
         starts_tensorflow: whether the function needs TensorFlow.
     """
     runtime.escape_what_streams_lack()
@@ -147,7 +147,9 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return 1
     except problems as error:
-        line = runtime.describe_error(error, advise(error, advice or {}))
+        advice = {errors.FolderInUse: "wait for it"} | (advice or {})
+        helps = usage.advice_for(error, advice, runtime.is_out_of_memory(error))
+        line = runtime.describe_error(error, helps)
         print(f"{program}: {line}", file=sys.stderr)
         return 1
     except Interrupted as stop:
@@ -156,15 +158,3 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-
-
-def advise(error, advice):
-    """Return what the user can do against an error, "" if the error says so itself."""
-    if isinstance(error, errors.DataFileError):
-        if error.dataset is None:
-            return "put a good copy in its place"
-        return f"run: python download.py {error.dataset}"
-    if isinstance(error, errors.FolderInUse):
-        return "wait for it"
-    kind = MemoryError if runtime.is_out_of_memory(error) else type(error)
-    return advice.get(kind, "")

@@ -40,7 +40,11 @@ LEGIBLE = 0.5  # least length of the capsule of a digit that can be read
 PROPERTIES = ("slant", "thickness", "width", "height", "position")
 RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
 MEASURED = 300  # test digits of a class, for the spread of a property
-COPIED = ("confusion_matrix.png", "misclassified.png", "capsule_lengths.png", "predictions.png")
+# What main.py writes -> its name here.
+SINGLE = {
+    f"{name}.png": f"{name}.png"
+    for name in ("confusion_matrix", "misclassified", "capsule_lengths", "predictions")
+}
 PAIRS = {"multi_MNIST.png": "multi_MNIST.png", "predictions.png": "pair_predictions.png"}
 TOUR = runtime.ROOT / "docs" / "tour.ipynb"
 RESULTS = runtime.ROOT / "results" / "experiments"
@@ -169,7 +173,7 @@ def draw_capsules(network, mnist, output):
 
 
 def run_main(words, data_dir, folder):
-    """Run main.py, which writes its pictures to a folder and its results to logs/ in it."""
+    """Run main.py; its pictures go to a folder, and its results to logs/ in it."""
     command = f"main.py {shlex.join(words)}"
     words = [
         *words,
@@ -181,43 +185,46 @@ def run_main(words, data_dir, folder):
         raise UserError(f"{command} failed, its message is above")
 
 
-def test_network(data_dir, output):
-    """Test the pretrained network with main.py and keep its pictures.
+def copy_pictures(folder, pictures, output):
+    """Copy pictures, a dict of name to new name, from one folder to another; return the files."""
+    for written, name in pictures.items():
+        shutil.copy(Path(folder, written), output / name)
+    return [output / name for name in pictures.values()]
+
+
+def draw_single(data_dir, output):
+    """Test and predict with the included weights for single digits.
 
     Returns:
-        The files, and the numbers of the test images that are wrong.
+        The pictures, and the numbers of the test images that are wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         run_main(["--test", "--pretrained", "--predict=assets/digits/*.png"], data_dir, folder)
-        for name in COPIED:
-            shutil.copy(Path(folder, name), output / name)
+        pictures = copy_pictures(folder, SINGLE, output)
         table = Path(folder, "logs", "mnist_pretrained", "predictions.csv")
         with open(table, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     wrong = [int(row["number"]) for row in rows if row["label"] != row["prediction"]]
-    return [output / name for name in COPIED], wrong
+    return pictures, wrong
 
 
-def test_pairs(data_dir, output):
-    """Test the pretrained network for overlapping digits with main.py; return the pictures."""
+def draw_pairs(data_dir, output):
+    """Test and predict with the included weights for overlapping digits; return the pictures."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--test", "--multi_MNIST", "--pretrained", "--predict=assets/pairs/*.png"]
         run_main(words, data_dir, folder)
-        for written, name in PAIRS.items():
-            shutil.copy(Path(folder, written), output / name)
-    return [output / name for name in PAIRS.values()]
+        return copy_pictures(folder, PAIRS, output)
 
 
 def draw_reconstructions(network, mnist, wrong, path):
     """Draw the first right test images and the first wrong ones with their reconstructions."""
-    import model
+    from commands.pictures import outputs_of
+    from input_pipeline import Data
 
     right = [number for number in range(len(mnist.y_test)) if number not in set(wrong)][:RIGHT]
     chosen = right + wrong[:WRONG]
-    labels = mnist.y_test[chosen][:, None].astype(np.int32)
-    shift = np.zeros((len(chosen), 1, 2), np.int32)
-    batch = mnist.x_test[chosen][:, None], shift, labels, np.ones(len(chosen), np.float32)
-    outputs = model.Outputs(*(np.asarray(value) for value in network.outputs(batch)))
+    data = Data(mnist.x_test, mnist.y_test)
+    outputs, labels = outputs_of(network, data, data.evaluation_plan().take(np.array(chosen)))
     title = f"Reconstructions of the first {len(right)} right and {len(chosen) - len(right)} wrong"
     figures.save_reconstructions(
         path,
@@ -322,10 +329,10 @@ def draw_all(flags):
     mnist = datasets.load_dataset("mnist", flags.data_dir)
     network, _ = routing.load_network(mnist.x_test.shape[1:], None)
     runtime.say_written(draw_capsules(network, mnist, output))
-    files, wrong = test_network(flags.data_dir, output)
+    files, wrong = draw_single(flags.data_dir, output)
     draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
     runtime.say_written(
-        [*files, output / "reconstruction.png", *test_pairs(flags.data_dir, output)]
+        [*files, output / "reconstruction.png", *draw_pairs(flags.data_dir, output)]
     )
     save_tour(TOUR)
     runtime.say_written([TOUR])

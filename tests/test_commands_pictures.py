@@ -149,7 +149,8 @@ def test_as_many_digits_are_tweaked_as_the_flag_says(few, drawn):
 def test_outputs_of_a_plan_are_arrays_in_its_order(few):
     session = make_session(*FAST, network=varied_network())
     chosen = [150, 3, 77]
-    outputs, labels = outputs_of(session, session.test_data.evaluation_plan().take(chosen))
+    data = session.test_data
+    outputs, labels = outputs_of(session.network, data, data.evaluation_plan().take(chosen))
     assert all(isinstance(value, np.ndarray) for value in outputs)
     np.testing.assert_allclose(outputs.canvas, few.x_test[chosen] / np.float32(255), atol=1e-6)
     assert labels.tolist() == [[few.y_test[n]] for n in chosen]

@@ -397,6 +397,10 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     assert len(list((whole / "logs/mnist/train").iterdir())) == 1  # only the chief writes
     result = json.loads((cut / "logs/mnist/test.json").read_text())
     assert result["images"] == 10_000 and f"{result['wrong']} of 10000 wrong" in out
+    # All workers tested the weights of the last step, as one process does.
+    command = [sys.executable, ROOT / "main.py", "--test", f"--data_dir={ROOT / 'data'}", *SMALL]
+    alone = subprocess.run(command, cwd=cut, check=True, capture_output=True, text=True).stdout
+    assert f", {result['wrong']} of 10000 wrong" in alone
 
     # Another number of workers may resume, and a signal to any one stops all.
     workers = Workers(whole, 3, "--train", *SMALL, "--epoch=100")

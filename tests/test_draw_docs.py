@@ -165,7 +165,7 @@ def test_reconstructions_show_the_first_right_and_the_first_wrong_images(
     assert with_label.shape == (20, 1, 28, 28, 1)
 
 
-def pretend_main(monkeypatch, code=0, names=draw_docs.COPIED):
+def pretend_main(monkeypatch, code=0, names=draw_docs.SINGLE):
     """Replace the run of main.py by one that writes its files; return the words it was given."""
     given = []
 
@@ -188,15 +188,15 @@ def pretend_main(monkeypatch, code=0, names=draw_docs.COPIED):
 
 def test_the_pictures_of_a_test_are_those_of_main_py(tmp_path, monkeypatch):
     given = pretend_main(monkeypatch)
-    files, wrong = draw_docs.test_network("some/data", tmp_path)
+    files, wrong = draw_docs.draw_single("some/data", tmp_path)
     assert given[:4] == [sys.executable, "main.py", "--test", "--pretrained"]
     assert wrong == [1, 3]
-    assert [path.read_text() for path in files] == list(draw_docs.COPIED)
+    assert [path.read_text() for path in files] == list(draw_docs.SINGLE)
 
 
 def test_the_pictures_of_pairs_are_those_of_main_py_under_their_own_names(tmp_path, monkeypatch):
     given = pretend_main(monkeypatch, names=draw_docs.PAIRS)
-    files = draw_docs.test_pairs("some/data", tmp_path)
+    files = draw_docs.draw_pairs("some/data", tmp_path)
     assert {"--multi_MNIST", "--pretrained", "--predict=assets/pairs/*.png"} <= set(given)
     written = {path.name: path.read_text() for path in files}
     assert written == {
@@ -219,7 +219,7 @@ def test_the_pairs_to_try_are_the_first_test_pairs():
 
 @pytest.mark.parametrize(
     ("test", "words"),
-    [(draw_docs.test_network, "--test --pretrained"), (draw_docs.test_pairs, "--multi_MNIST")],
+    [(draw_docs.draw_single, "--test --pretrained"), (draw_docs.draw_pairs, "--multi_MNIST")],
 )
 def test_a_test_that_fails_is_said(tmp_path, monkeypatch, test, words):
     pretend_main(monkeypatch, code=1)

@@ -1,4 +1,3 @@
-import ast
 import contextlib
 import gzip
 import io
@@ -689,10 +688,23 @@ def test_every_advice_is_for_an_error_of_that_test_and_names_flags_that_exist():
     assert len(named) > 8 and set(named) <= names
 
 
-def test_advice_for_files_of_a_data_set_is_to_download_it_again():
-    advice = {name: main.advice(errors.DataFileError("file", "bad", name)) for name in ("a", None)}
-    assert advice == {"a": "run: python download.py a", None: "put a good copy in its place"}
+def test_advice_for_files_of_a_data_set_is_to_download_it_to_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    advised = [
+        ("data/a/file", "a", "run: python download.py a"),
+        ("my data/a", "a", "run: python download.py a '--data_dir=my data'"),
+        ("a.npz", None, "put a good copy in its place"),
+    ]
+    for place, name, expected in advised:
+        assert main.advice(errors.DataFileError(place, "bad", name)) == expected
+    monkeypatch.chdir(tmp_path)
+    there = errors.DataFileError(ROOT / "data/a/file", "bad", "a")
+    expected = f"run: python {ROOT / 'download.py'} a --data_dir={ROOT / 'data'}"
+    assert main.advice(there) == expected
     assert main.advice(errors.UserError("says it itself")) == ""
+
+
+DOWNLOAD = ROOT / "download.py"
 
 
 def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(
@@ -701,13 +713,13 @@ def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(
     monkeypatch.setattr(datasets, "load_dataset", load_all)
     here = "--data_dir=data"
     missing = run(tmp_path, "--train", here)
-    assert_refused(missing, 1, "train-images-idx3-ubyte.gz", "; run: python download.py mnist\n")
+    assert_refused(missing, 1, "train-images-idx3-ubyte.gz", f"; run: python {DOWNLOAD} mnist\n")
     missing = run(tmp_path, "--test", "--dataset=kmnist", here)
-    assert_refused(missing, 1, "python download.py kmnist")
+    assert_refused(missing, 1, f"python {DOWNLOAD} kmnist")
     folder, name = tmp_path / "data" / "mnist", "train-labels-idx1-ubyte.gz"
     shutil.copytree(ROOT / "data" / "mnist", folder)
     (folder / name).write_bytes(gzip.compress(gzip.decompress((folder / name).read_bytes())[:-1]))
-    assert_refused(run(tmp_path, "--train"), 1, name, "python download.py mnist")
+    assert_refused(run(tmp_path, "--train"), 1, name, f"python {DOWNLOAD} mnist")
 
 
 def test_a_refused_mode_writes_nothing(tmp_path, few):
@@ -740,51 +752,10 @@ def test_a_file_in_the_place_of_a_folder_is_refused_and_kept(tmp_path, few, flag
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# ---------------------------------------------------------------- the README
-
-
-def names_defined_in(path):
-    """Return the names of all functions, classes and variables of a module."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
+# ---------------------------------------------------------------- the documentation
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def heading_anchors(page):
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_somewhere(page):
-    links = re.findall(r"(?:\[([^\]]*)\])\(([^)\s]+)\)", page.read_text())
-    for text, target in links:
-        if target.startswith(("http://", "https://")):
-            continue
-        file, _, anchor = target.partition("#")
-        path = page.parent / file if file else page
-        assert path.exists(), target
-        if anchor:
-            assert anchor in heading_anchors(path), target
-        if path.suffix == ".py" and re.fullmatch(r"`[\w.]+`", text):
-            name = text.strip("`").split(".")[-1]
-            assert name in names_defined_in(path), (text, target)
-
-
-def test_the_pages_link_into_the_code_and_to_each_other():
-    texts = "".join(page.read_text() for page in PAGES)
-    assert len(re.findall(r"\[`[\w.]+`\]\([\w/.]+\.py\)", texts)) > 15
-    readme = (ROOT / "README.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"(docs/{page.name})" in readme, page
-    assert readme.count("\n") <= 200
 
 
 def test_the_usage_page_lists_every_flag_with_its_default():
@@ -810,16 +781,6 @@ def test_the_requirements_list_tensorboard_which_tensorflow_does_not_install():
         *("tensorflow", "tensorboard", "numpy", "scipy", "pillow", "matplotlib", "absl-py"),
         *("rich", "pytest"),
     }
-
-
-def test_the_python_of_the_readme_runs_as_it_is_written(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    section = (ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
-    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
-    names = {}
-    exec(code, names)  # noqa: S102
-    assert capsys.readouterr().out == "[7 2 1 0 4]\n"
-    assert names["classifier"].output_shape == (None, 10)
 
 
 def test_the_table_of_results_in_the_docs_is_the_one_made_from_the_results():

@@ -1,5 +1,6 @@
 """The pages of the documentation: their links, their code, and what they say about the program."""
 
+import ast
 import json
 import re
 import subprocess
@@ -63,6 +64,28 @@ def test_every_link_of_every_page_leads_to_a_file_that_is_tracked_and_to_a_headi
         name = path.relative_to(ROOT).as_posix()
         assert name in tracked or any(other.startswith(f"{name}/") for other in tracked), target
         assert not anchor or anchor in anchors_of(path), target
+
+
+def names_defined_in(path):
+    """Return the names of all functions, classes and variables of a module."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def test_a_link_from_a_name_leads_to_the_module_that_defines_it():
+    links = [
+        (page, name, target)
+        for page in PAGES
+        for name, target in re.findall(r"\[`([\w.]+)`\]\(([\w/.]+\.py)\)", text_of(page))
+    ]
+    assert len(links) > 15
+    for page, name, target in links:
+        assert name.split(".")[-1] in names_defined_in(page.parent / target), (name, target)
 
 
 def test_pages_and_links_are_found():

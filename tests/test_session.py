@@ -287,9 +287,13 @@ def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is
     monkeypatch.chdir(tmp_path)
     assert session_of().dataset is few
     assert session_of("--data_dir=mine", "--dataset=kmnist").dataset is few
-    (tmp_path / "data").mkdir()
-    assert session_of().dataset is few
-    assert asked == [("mnist", str(ROOT / "data")), ("kmnist", "mine"), ("mnist", "data")]
+    (tmp_path / "data/mnist").mkdir(parents=True)
+    for name in ("mnist", "kmnist"):  # which is not there
+        assert session_of(f"--dataset={name}").dataset is few
+    assert asked == [
+        *(("mnist", str(ROOT / "data")), ("kmnist", "mine")),
+        *(("mnist", "data"), ("kmnist", str(ROOT / "data"))),
+    ]
 
 
 # ---------------------------------------------------------------- loading weights
