@@ -238,13 +238,14 @@ class Session:
         Raises:
             UserError: they were.
         """
-        name, seed, held_out = self.dataset.name, self.dataset.held_out_seed, "held_out_seed"
-        if seed is None or training.get(held_out) is None or training.get("dataset") != name:
+        name, seed = self.dataset.name, self.dataset.held_out_seed
+        earlier = training.get("held_out_seed")
+        if seed is None or earlier is None or training.get("dataset") != name:
             return
-        if training[held_out] != seed:
+        if earlier != seed:
             raise UserError(
                 f"{folder}: some test images that seed {seed} draws were trained on; "
-                f"give --seed={training[held_out]}"
+                f"give --seed={earlier}"
             )
         if training["data"] != self.digest(training["train_size"]):
             raise UserError(
@@ -296,6 +297,5 @@ def data_folder(flags):
     """Return the folder of the data sets: ./data if this one is in it, else the program's."""
     if flags["data_dir"].present:
         return flags.data_dir
-    return (
-        runtime.here_or_in_program(flags.data_dir, flags.dataset) or runtime.ROOT / flags.data_dir
-    )
+    found = runtime.here_or_in_program(flags.data_dir, flags.dataset)
+    return found or runtime.ROOT / flags.data_dir
