@@ -72,7 +72,7 @@ def describe(command, runs):
     if len(runs) > 1:
         deviation = statistics.stdev(run["error_percent"] for run in runs)
         error = f"{mean_error(runs):.3f} ± {deviation:.3f}"
-    seconds = [run["training_seconds"] for run in runs]
+    seconds = (run["training_seconds"] for run in runs)  # older runs do not say it: None
     return [
         f"`{command}`",
         ", ".join(str(run["seed"]) for run in runs),

@@ -164,6 +164,10 @@ class Session:
         kept = slice(train_size or None)
         return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
 
+    def has_images_of(self, training):
+        """Tell whether a training, given by its settings, had the training images of --dataset."""
+        return training["data"] == self.digest(training["train_size"])
+
     def load(self):
         """Restore the weights to examine, and print where they come from.
 
@@ -221,9 +225,9 @@ class Session:
                 f"{self.weights_folder} was trained on dark ink on a light ground, and this "
                 "version inverts these images; train again"
             )
-        self.check_unseen(self.weights_folder, self.metadata["training"])
         training = self.metadata["training"]
-        if training["data"] != self.digest(training["train_size"]):
+        self.check_unseen(self.weights_folder, training)
+        if not self.has_images_of(training):
             print("These weights were trained on images that differ from those of --dataset.")
 
     def check_unseen(self, folder, training):
@@ -247,7 +251,7 @@ class Session:
                 f"{folder}: some test images that seed {seed} draws were trained on; "
                 f"give --seed={earlier}"
             )
-        if training["data"] != self.digest(training["train_size"]):
+        if not self.has_images_of(training):
             raise UserError(
                 f"{folder}: the images of {name} have changed since the training, so other test "
                 "images are drawn, and some were trained on; restore them, or train again"

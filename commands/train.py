@@ -188,7 +188,7 @@ def load_initial_weights(session, report):
     earlier = load_pretrained(session.network, folder)["training"]
     session.check_unseen(folder, earlier)
     report(f"The initial weights are those in {folder}.")
-    if earlier["data"] != session.digest(earlier["train_size"]):
+    if not session.has_images_of(earlier):
         return
     # What decides which images are held out, and the order, shifts and pairs of each epoch.
     now = flags.seed, session.train_size, flags.validation_check

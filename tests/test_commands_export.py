@@ -395,6 +395,17 @@ def test_what_the_initial_weights_saw_is_reported(exported, monkeypatch, earlier
     assert all(text in report for text, report in zip(expected, reports, strict=True))
 
 
+def test_initial_weights_that_saw_test_images_are_refused(exported, few, monkeypatch):
+    weights = f"--initial_weights={exported / 'taken/along'}"
+    session = make_session("--train", weights, *SMALL)
+    session.dataset = few._replace(held_out_seed=1)
+    training = {"data": session.digest(0), "train_size": 0, "seed": 0, "held_out_seed": 0}
+    training["dataset"] = session.dataset.name
+    monkeypatch.setattr(commands.train, "load_pretrained", lambda *_: {"training": training})
+    with pytest.raises(UserError, match="seed 1 draws were trained on; give --seed=0"):
+        make_trainer(session, print)
+
+
 def test_another_share_of_the_images_holds_out_others(exported, monkeypatch):
     weights = f"--initial_weights={exported / 'taken/along'}"
     session = make_session("--train", weights, *SMALL, "--train_size=60", "--validation_check")

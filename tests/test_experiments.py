@@ -30,6 +30,7 @@ from training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "experiments"
+DOWNLOAD = ROOT / "download.py"
 
 
 @pytest.fixture(autouse=True)
@@ -1026,7 +1027,7 @@ def test_values_have_the_types_of_their_flags_and_defaults():
         (
             errors.DataFileError("data/mnist/f", "gone", "mnist"),
             1,
-            "x.py: data/mnist/f: gone; run: python ",
+            f"x.py: data/mnist/f: gone; run: python {DOWNLOAD} mnist\n",
         ),
         (OSError(errno.EACCES, "denied", "f"), 1, "x.py: f: denied; choose another folder"),
         (MemoryError(), 1, "x.py: out of memory; "),
@@ -1036,7 +1037,9 @@ def test_values_have_the_types_of_their_flags_and_defaults():
         (KeyboardInterrupt(), 130, "Stopped."),
     ],
 )
-def test_errors_are_one_line_and_an_exit_code(error, code, said, capsys):
+def test_errors_are_one_line_and_an_exit_code(error, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where a download of the program goes to ./data
+
     def fail(flags):
         raise error
 
@@ -1085,9 +1088,11 @@ def test_help_is_the_docstring_and_every_flag_with_its_default(word, capsys):
     ]
 
 
-def test_missing_data_are_said_in_one_line(tmp_path, capsys):
+def test_missing_data_are_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for program in (table1, affine, routing):
         words = [f"--data_dir={tmp_path / 'none'}", f"--output={tmp_path}"]
         assert program.main([f"{program.__name__}.py", *words]) == 1
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"download.py mnist --data_dir={tmp_path}/none\n" in said
+        advice = f"; run: python {DOWNLOAD} mnist --data_dir={tmp_path / 'none'}\n"
+        assert said.count("\n") == 1 and said.endswith(advice)
