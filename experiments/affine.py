@@ -31,6 +31,10 @@ import runtime
 import utils
 
 CANVAS, PADDING = 40, 6  # pixels: 28 + 2 * 6
+# Nobody knows beforehand how many epochs an accuracy takes, so the learning rate falls more slowly
+# than in main.py, and the averages, which are what is tested, are longer.
+DECAY_STEPS, AVERAGING = 3000, 0.998
+DECAY_RATE = config.TrainingConfig().decay_rate
 CLASSES = 10
 # Percent of affNIST that the paper's networks have right, at 99.23% of placed MNIST.
 PAPER = {"CapsNet": 79.0, "CNN": 66.0}
@@ -95,6 +99,18 @@ FLAGS = [
         "accuracy on held-out digits, in percent, at which training stops; default: the paper's",
     ),
     Flag("epochs", 20, number(int, 1, MOST), "largest number of epochs"),
+    Flag(
+        "decay_steps",
+        DECAY_STEPS,
+        number(int, 1, MOST),
+        f"steps over which the learning rate is multiplied by {DECAY_RATE:g} once",
+    ),
+    Flag(
+        "averaging",
+        AVERAGING,
+        number(float, 0, 0.99999),
+        "momentum of the running averages of the weights, which are tested; 0: no averages",
+    ),
     Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,
     Flag("output", "runs/affine", path_name, "folder to write to"),
@@ -249,7 +265,7 @@ def examine(name, flags, mnist):
     placing = {"padding": PADDING, "max_shift": PADDING}
     data = Data(mnist.x_train[:size], mnist.y_train[:size], **placing)
     validation, test_data = data.subset(held_out), Data(mnist.x_test, mnist.y_test, **placing)
-    training = config.TrainingConfig()
+    training = config.TrainingConfig(decay_steps=flags.decay_steps, averaging=flags.averaging)
     if NETWORKS[name].architecture:
         training = training._replace(reconstruction_weight=0.0)
     outcome, folder = trial.run(

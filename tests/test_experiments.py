@@ -733,11 +733,13 @@ def test_a_network_is_trained_to_the_accuracy_asked_for_on_placed_digits_only(
 
     monkeypatch.setattr(trial, "run", run)
     words = ["--accuracy=97", "--epochs=4", "--train_size=600", f"--output={tmp_path}"]
+    words += ["--decay_steps=50", "--averaging=0.9"]
     for name, weight in (("capsnet", 0.0005), ("cnn", 0.0)):
         assert affine.main(["affine.py", f"--networks={name}", *words]) == 1
         folder, _, train_data, test_data, training, epochs, plan, goal = calls.pop()
         assert folder == tmp_path / name and epochs == 4
         assert (training.seed, training.reconstruction_weight) == (0, weight)
+        assert (training.decay_steps, training.averaging) == (50, 0.9)
         assert goal.accuracy == 0.97
         for data, shifts in ((goal.data, goal.plan.shift), (test_data, plan.shift)):
             assert data.canvas_shape() == (40, 40, 1) and data.max_shift == 6
@@ -1002,6 +1004,8 @@ def test_values_have_the_types_of_their_flags_and_defaults():
         "networks": ["capsnet", "cnn", "cnn_section5", "cnn_authors"],
         "accuracy": 99.23,
         "epochs": 20,
+        "decay_steps": 3000,
+        "averaging": 0.998,
         "train_size": None,
         "data_dir": str(ROOT / "data"),
         "output": "runs/affine",
