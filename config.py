@@ -90,7 +90,7 @@ RECIPES = {
 # What differs in the authors' public code for overlapping digits. It shifts them by up to 6
 # pixels on 36×36, where parts of them are cut off. The paper says 4.
 AUTHORS_MULTI_MNIST = {"decay_steps": 20000, "multi_shift": 6}
-# The schedule of MultiMNIST, for an hour on two cores. Of the values tried in shorter trainings,
+# The schedule of MultiMNIST, for an hour on two cores. Of the values tried in shorter runs,
 # these gave the lowest error on pairs of held-out training digits.
 MULTI_MNIST = {
     "epoch": 6,

@@ -133,7 +133,7 @@ class FolderInUse(UserError):
     """Another process is training in a folder."""
 
     def __init__(self, folder):
-        super().__init__(f"another training runs in {folder}")
+        super().__init__(f"another run is training in {folder}")
         self.folder = folder
 
 

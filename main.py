@@ -332,7 +332,7 @@ def check_combinations(values):
     if values["multi_shift"].present and not values.multi_MNIST:
         raise UsageError("--multi_shift needs --multi_MNIST")
     if values.restart and not values.train:
-        raise UsageError("--restart starts a training over and needs --train")
+        raise UsageError("--restart starts training over and needs --train")
     if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
         raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
     checkpoints = "multi_checkpoint_dir" if values.multi_MNIST else "checkpoint_dir"
@@ -355,7 +355,7 @@ def check_weights(values):
             "with --train or --validation_check" + hint
         )
     if values.initial_weights and not values.train:
-        raise UsageError("--initial_weights starts a training and needs --train")
+        raise UsageError("--initial_weights starts training from these weights and needs --train")
     if values.initial_weights and values["initialization"].present:
         raise UsageError("--initial_weights takes the place of --initialization; give one of them")
 
@@ -397,7 +397,7 @@ def run_modes(values, argv, modes):
     """Run the modes of a command line in their order, and return the exit code."""
     several_workers = values.strategy == "multi_worker"
     # When one of several workers stops, all others say so; the line printed below is enough.
-    # Only a training compiles for seconds.
+    # Only a training run compiles for seconds.
     tf = runtime.start_tensorflow("3" if several_workers else "2", keep_compiled=values.train)
     from training.interrupt import Interrupted
 

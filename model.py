@@ -297,9 +297,9 @@ def layer_sizes(image_shape, n_classes, network=DEFAULTS):
 
 
 def memory_needed(sizes, batch_size, data_bytes=0):
-    """Estimate the peak memory of a training on a CPU in bytes.
+    """Estimate the peak memory of a training run on a CPU in bytes.
 
-    Fitted to whole trainings of the paper's network, with products of spectra: images of 28×28 to
+    Fitted to whole runs of the paper's network, with products of spectra: images of 28×28 to
     104×104, grey and in colour, 2 to 100 classes, batches of 16 to 256. Images of 112×112 and
     128×128 took a fifth to a third more.
 

@@ -320,7 +320,7 @@ class Display:
         self.console.print(text, markup=False)
 
     def show_step(self, progress):
-        """Show the Progress of a training; the end of an epoch always gets a plain line."""
+        """Show the Progress of a training run; the end of an epoch always gets a plain line."""
         speed = ""
         if progress.images_per_second is not None:
             left = datetime.timedelta(seconds=round(progress.seconds_left))

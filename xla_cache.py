@@ -26,7 +26,7 @@ from pathlib import Path
 from errors import UserError
 from utils import atomic_path
 
-# A disk in memory, where TensorFlow's writes do not fail in the middle of a training.
+# A disk in memory, where TensorFlow's writes do not fail in the middle of a training run.
 RAM_DISK = Path("/dev/shm")
 FREE_BYTES = 48 * 2**20  # which it must have
 COPY_PREFIX = "capsnet-xla-"

@@ -75,7 +75,7 @@ VALUES += ("", "x", "é", "-", "--", "a b", "%s", "../..")
 
 
 def start(folder, flags):
-    """Start a training in a folder and return its process."""
+    """Start a training run in a folder and return its process."""
     return subprocess.Popen(
         [sys.executable, str(MAIN), "--train", f"--data_dir={timing.ROOT / 'data'}", *flags],
         cwd=folder,
@@ -86,7 +86,7 @@ def start(folder, flags):
 
 
 def wait_for_first_step(process):
-    """Read the output of a training up to its first step, or its resumption; return it."""
+    """Read the output of a training run up to its first step, or its resumption; return it."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -148,7 +148,7 @@ def train_undisturbed(folder, flags):
 
 
 def train_with_kills(folder, flags, dice, seconds):
-    """Kill a training at random moments and start it again, until it ends by itself.
+    """Kill a training run at random moments and start it again, until it ends by itself.
 
     Args:
         folder: to train in.
@@ -176,7 +176,7 @@ def train_with_kills(folder, flags, dice, seconds):
 
 
 def kills_in_training(folder, dice, flags, kills):
-    """Kill trainings at random moments after the first step, and compare how they end.
+    """Kill training runs at random moments after the first step, and compare how they end.
 
     Returns:
         Number of kills, and of those in runs that ended differently.

@@ -108,7 +108,7 @@ def print_times(flags):
         ["", "first run, s", "later runs, s"], [row(*each) for each in seconds.items()]
     )
     timing.print_table(
-        ["part of the start of a training", "s"],
+        ["part of the start of a training run", "s"],
         [[name, f"{value:.2f}"] for name, value in times.items()],
     )
 

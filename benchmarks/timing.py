@@ -169,7 +169,7 @@ def make_trainer(
 
 
 def first_batch(trainer):
-    """Return the first batch of a training."""
+    """Return the first batch of a training run."""
     from input_pipeline import batches
 
     plan = trainer.data.training_plan(seed=0, epoch=0)

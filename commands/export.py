@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import config
 import ops
 from commands.appearance import KEY, PLAIN
 from commands.evaluate import training_seconds
@@ -127,7 +128,10 @@ def model_card(session, metadata, result):
     duration = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
     if training.get("initial_weights"):
         duration += ", starting with exported weights"
-    settings = (metadata["shape"] | training).items()
+    settings = metadata["shape"] | training
+    if session.flags.multi_MNIST:
+        settings.setdefault("multi_shift", config.MULTI_SHIFT)  # not named if it is the default
+        measured += " A pair of digits is wrong if at least one of them is."
     return (
         (ROOT / "assets" / "model_card.md")
         .read_text("utf-8")
@@ -145,6 +149,6 @@ def model_card(session, metadata, result):
             classes=len(session.class_names),
             names=", ".join(session.class_names),
             overlap=" --multi_MNIST" if session.flags.multi_MNIST else "",
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings),
+            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         )
     )

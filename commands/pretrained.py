@@ -1,4 +1,4 @@
-"""Exported weights: those that come with the program, and those that a training starts with."""
+"""Exported weights: those that come with the program, and those that a training run starts with."""
 
 import contextlib
 import json

@@ -165,7 +165,7 @@ class Session:
         return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
 
     def has_images_of(self, training):
-        """Tell whether a training, given by its settings, had the training images of --dataset."""
+        """Tell whether a run, given by its settings, trained on the images of --dataset."""
         return training["data"] == self.digest(training["train_size"])
 
     def load(self):

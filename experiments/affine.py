@@ -96,7 +96,8 @@ FLAGS = [
         "accuracy",
         99.23,
         percent,
-        "accuracy on held-out digits, in percent, at which training stops; default: the paper's",
+        "accuracy on held-out digits, in percent, at which training stops; default: what the "
+        "paper's networks have on test digits",
     ),
     Flag("epochs", 20, number(int, 1, MOST), "largest number of epochs"),
     Flag(

@@ -5,7 +5,7 @@
 Draws what the weights that come with the program give (all 10,000 test images and 10,000 pairs of
 them are tested), and what results/experiments and the tables of docs/performance.md hold. Runs
 docs/tour.ipynb and saves it with its outputs. The learning curve and TensorBoard need whole
-trainings; docs/results.md and docs/usage.md have their commands.
+training runs; docs/results.md and docs/usage.md have their commands.
 
 A dimension of a capsule gets its name by measurement. Slant, thickness, width, height and position
 of the ink are measured in the reconstructions while one dimension is changed. A name goes to the
@@ -111,7 +111,7 @@ def name_dimensions(swept, spread, legible):
 def spread_of(images):
     """Return how much each property differs between images (N, H, W) of a class that are shifted.
 
-    MNIST's digits are centered; those of a training are shifted by whole pixels, from -2 to 2.
+    MNIST's digits are centered; those of a training run are shifted by whole pixels, from -2 to 2.
     """
     shifts = np.array([0, 0, 0, 0, np.var(np.arange(-2, 3))])
     return np.sqrt(measure(images).var(axis=0) + shifts)

@@ -52,7 +52,7 @@ FLAGS = [
     Flag(
         "seeds", "0,1,2", distinct(number(int, 0, 2**31 - 1)), "seeds that each row is trained with"
     ),
-    Flag("epochs", config.EPOCHS, number(int, 1, MOST), "epochs of each training"),
+    Flag("epochs", config.EPOCHS, number(int, 1, MOST), "epochs of each training run"),
     Flag("dataset", "MNIST", one_of(("MNIST", "multi_MNIST")), "MNIST or multi_MNIST"),
     Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,

@@ -23,7 +23,7 @@ from training.trainer import Trainer
 
 CHECKS = 2  # times in an epoch that the accuracy is checked
 TOLERANCE = 1e-9  # 99.23 / 100 is a little more than 9923 / 10000
-# Errors of a training against which its folder can be removed.
+# Errors of a training run against which its folder can be removed.
 CURED_BY_REMOVAL = (
     errors.DamagedCheckpoints,
     errors.FolderTaken,
@@ -50,7 +50,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     """Train a network and test it, unless both were done before.
 
     Args:
-        folder: where to write; it gets an ending, and trainings that differ in anything never
+        folder: where to write; it gets an ending, and training runs that differ in anything never
             share one.
         make: function of no arguments that creates the network.
         train_data: Data.

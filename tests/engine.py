@@ -152,7 +152,7 @@ def events(folder):
 
 
 class Crash(Exception):
-    """A fault on purpose, in the middle of a training."""
+    """A fault on purpose, in the middle of a training run."""
 
 
 def crash_at(step):

@@ -156,6 +156,7 @@ def test_the_export_of_overlapping_digits_reconstructs_both_digits(tmp_path, few
     assert np.abs(shown[:, 0] - shown[:, 1]).max() > 0.01
     card = Path("both/README.md").read_text()
     assert "`reconstructions` (N, 2, 36, 36, 1)" in card and "Not measured" in card
+    assert "A pair of digits is wrong if" in card and "| multi_shift | 4 |" in card
 
 
 def test_an_exported_network_convolves_directly_whatever_the_trained_one_did(tmp_path):

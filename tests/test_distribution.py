@@ -89,7 +89,7 @@ def save_first_step_and_evaluation(strategy, folder):
 
 
 def train_on_replicas(count, folder):
-    """In a process of its own: save what a training on so many logical CPUs computes.
+    """In a process of its own: save what a training run on so many logical CPUs computes.
 
     One of 1 is without a strategy. The last batch of an epoch has 3 examples for 6 places, so a
     replica gets none; 63 images to evaluate.

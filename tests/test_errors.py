@@ -62,7 +62,7 @@ EXAMPLES = [
         "a holds an unfinished run (step 3 of 60) of other settings: seed 0 and 1",
         {"folder": "a", "step": 3, "last_step": 60, "differences": "seed 0 and 1"},
     ),
-    (errors.FolderInUse("a"), "another training runs in a", {"folder": "a"}),
+    (errors.FolderInUse("a"), "another run is training in a", {"folder": "a"}),
     (
         errors.FolderTaken("a", "b"),
         "a belongs to the run in b",

@@ -1,4 +1,4 @@
-"""The experiments: their networks, trainings, tests, tables and pictures."""
+"""The experiments: their networks, training runs, tests, tables and pictures."""
 
 import errno
 import json
@@ -359,7 +359,7 @@ def test_a_folder_in_use_is_no_reason_to_remove_it(tmp_path, monkeypatch):
         raise errors.FolderInUse("x")
 
     monkeypatch.setattr(Trainer, "fit", fail)
-    with pytest.raises(errors.FolderInUse, match="^another training runs in x$"):
+    with pytest.raises(errors.FolderInUse, match="^another run is training in x$"):
         run_tiny(tmp_path / "a", 1, monkeypatch)
 
 
@@ -1025,7 +1025,7 @@ def test_values_have_the_types_of_their_flags_and_defaults():
     "error, code, said",
     [
         (errors.UserError("bad luck"), 1, "x.py: bad luck"),
-        (errors.FolderInUse("f"), 1, "x.py: another training runs in f; wait for it"),
+        (errors.FolderInUse("f"), 1, "x.py: another run is training in f; wait for it"),
         (errors.NoCheckpoint("f"), 1, "x.py: no checkpoint in f; train first"),
         (errors.DataFileError("f", "gone"), 1, "x.py: f: gone; put a good copy in its place"),
         (

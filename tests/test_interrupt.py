@@ -1,4 +1,4 @@
-"""Signals that stop a training."""
+"""Signals that stop a training run."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""The loop and its steps, against a training written out by hand in float64."""
+"""The loop and its steps, against a training run written out by hand in float64."""
 
 import functools
 import math

@@ -34,7 +34,7 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of a training in one folder. Nothing is on disk before `prepare` or `save`.
+    """The checkpoints of a run in one folder. Nothing is on disk before `prepare` or `save`.
 
     Args:
         folder: folder of the checkpoints.

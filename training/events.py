@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams import api as hparams
 
 
 class EventLog:
-    """The event files of a training, in the folders `train` and `validation`.
+    """The event files of a training run, in the folders `train` and `validation`.
 
     Args:
         folder: folder of the run; None writes nothing.
@@ -117,7 +117,7 @@ def read_scalars(folder, last_step=math.inf):
 
     Returns:
         A dict of tag to (steps, values), and the seconds from the first to the last event of each
-        file, summed: every start of a training begins a file.
+        file, summed: every start of a training run begins a file.
     """
     series, seconds = {}, 0.0
     for _, records, _ in event_files(folder):

@@ -1,4 +1,4 @@
-"""Decide where a training starts: at step 0, or at a checkpoint that all workers restore."""
+"""Decide where a training run starts: at step 0, or at a checkpoint that all workers restore."""
 
 import json
 import zlib
