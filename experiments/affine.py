@@ -112,6 +112,7 @@ FLAGS = [
         number(float, 0, 0.99999),
         "momentum of the running averages of the weights, which are tested; 0: no averages",
     ),
+    Flag("seed", 0, number(int, 0, 2**31 - 1), "seed of the weights, of the order and of dropout"),
     Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
     DATA_DIR,
     Flag("output", "runs/affine", path_name, "folder to write to"),
@@ -238,8 +239,13 @@ def placed(data):
     return plan._replace(shift=shift)
 
 
-def make_network(name):
-    """Create one of NETWORKS."""
+def make_network(name, seed=0):
+    """Create one of NETWORKS.
+
+    Args:
+        name: a key of NETWORKS.
+        seed: seed of the dropout.
+    """
     from cnn import CNN
 
     from model import CapsNet
@@ -247,7 +253,7 @@ def make_network(name):
     shape, conv = (CANVAS, CANVAS, 1), runtime.fastest_conv()
     architecture = NETWORKS[name].architecture
     if architecture:
-        return CNN(shape, CLASSES, architecture, conv=conv)
+        return CNN(shape, CLASSES, architecture, conv=conv, seed=seed)
     return CapsNet(shape, CLASSES, conv=conv)
 
 
@@ -266,12 +272,14 @@ def examine(name, flags, mnist):
     placing = {"padding": PADDING, "max_shift": PADDING}
     data = Data(mnist.x_train[:size], mnist.y_train[:size], **placing)
     validation, test_data = data.subset(held_out), Data(mnist.x_test, mnist.y_test, **placing)
-    training = config.TrainingConfig(decay_steps=flags.decay_steps, averaging=flags.averaging)
+    training = config.TrainingConfig(
+        seed=flags.seed, decay_steps=flags.decay_steps, averaging=flags.averaging
+    )
     if NETWORKS[name].architecture:
         training = training._replace(reconstruction_weight=0.0)
     outcome, folder = trial.run(
         Path(flags.output, name),
-        lambda: make_network(name),
+        lambda: make_network(name, flags.seed),
         data.subset(train_indices),
         test_data,
         training,

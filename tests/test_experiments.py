@@ -733,12 +733,14 @@ def test_a_network_is_trained_to_the_accuracy_asked_for_on_placed_digits_only(
 
     monkeypatch.setattr(trial, "run", run)
     words = ["--accuracy=97", "--epochs=4", "--train_size=600", f"--output={tmp_path}"]
-    words += ["--decay_steps=50", "--averaging=0.9"]
+    words += ["--decay_steps=50", "--averaging=0.9", "--seed=7"]
     for name, weight in (("capsnet", 0.0005), ("cnn", 0.0)):
         assert affine.main(["affine.py", f"--networks={name}", *words]) == 1
-        folder, _, train_data, test_data, training, epochs, plan, goal = calls.pop()
+        folder, make, train_data, test_data, training, epochs, plan, goal = calls.pop()
         assert folder == tmp_path / name and epochs == 4
-        assert (training.seed, training.reconstruction_weight) == (0, weight)
+        assert (training.seed, training.reconstruction_weight) == (7, weight)
+        if name == "cnn":
+            assert make().seed == 7  # of its dropout
         assert (training.decay_steps, training.averaging) == (50, 0.9)
         assert goal.accuracy == 0.97
         for data, shifts in ((goal.data, goal.plan.shift), (test_data, plan.shift)):
