@@ -131,7 +131,7 @@ def model_card(session, metadata, result):
     settings = metadata["shape"] | training
     if session.flags.multi_MNIST:
         settings.setdefault("multi_shift", config.MULTI_SHIFT)  # not named if it is the default
-        measured += " A pair of digits is wrong if at least one of them is."
+        measured += "\nA pair of digits is wrong if at least one of them is."
     return (
         (ROOT / "assets" / "model_card.md")
         .read_text("utf-8")
