@@ -1008,6 +1008,7 @@ def test_values_have_the_types_of_their_flags_and_defaults():
         "epochs": 20,
         "decay_steps": 3000,
         "averaging": 0.998,
+        "seed": 0,
         "train_size": None,
         "data_dir": str(ROOT / "data"),
         "output": "runs/affine",
