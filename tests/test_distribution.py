@@ -20,6 +20,7 @@ from story import last_values
 
 import training.evaluation
 from config import TrainingConfig
+from datasets import load_dataset
 from errors import UserError
 from input_pipeline import Plan, batches
 from model import CapsNet
@@ -366,13 +367,23 @@ def training_events(folder):
     return {name: value for name, value in logged.items() if name[0] == "train"}
 
 
+def write_digits(path, n_train, n_test):
+    """Write the first images of MNIST to a file of arrays."""
+    digits = load_dataset("mnist", ROOT / "data")
+    train, test = slice(n_train), slice(n_test)
+    images = {"x_train": digits.x_train[train], "x_test": digits.x_test[test]}
+    np.savez(path, **images, y_train=digits.y_train[train], y_test=digits.y_test[test])
+
+
 def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happened(tmp_path):
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    workers = Workers(cut, 2, "--train", *SMALL)
+    cut, whole, digits = tmp_path / "cut", tmp_path / "whole", tmp_path / "mnist.npz"
+    write_digits(digits, 120, 400)
+    settings = [*SMALL, f"--dataset={digits}"]
+    workers = Workers(cut, 2, "--train", *settings)
     workers.wait_for_checkpoint(cut)
     workers.processes[0].kill()
     killed = time.monotonic()
-    others = Workers(whole, 2, "--train", *SMALL)
+    others = Workers(whole, 2, "--train", *settings)
     (victim, *_), (code, _, error) = workers.results()
     assert time.monotonic() - killed < 240
     assert (code, victim) == (1, -signal.SIGKILL)
@@ -385,7 +396,7 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     for code, _, error in others.results():
         assert (code, error) == (0, "")
     (code, out, error), (code1, out1, error1) = Workers(
-        cut, 2, "--train", "--test", *SMALL
+        cut, 2, "--train", "--test", *settings
     ).results()
     assert (code, error, code1, error1) == (0, "", 0, "")
     assert f"Resuming from step {step} (" in out and "Trained to step 36" in out
@@ -396,14 +407,14 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     assert len(logged[0]) > 4 and logged[0] == logged[1]
     assert len(list((whole / "logs/mnist/train").iterdir())) == 1  # only the chief writes
     result = json.loads((cut / "logs/mnist/test.json").read_text())
-    assert result["images"] == 10_000 and f"{result['wrong']} of 10000 wrong" in out
+    assert result["images"] == 400 and f"{result['wrong']} of 400 wrong" in out
     # All workers tested the weights of the last step, as one process does.
-    command = [sys.executable, ROOT / "main.py", "--test", f"--data_dir={ROOT / 'data'}", *SMALL]
+    command = [sys.executable, ROOT / "main.py", "--test", *settings]
     alone = subprocess.run(command, cwd=cut, check=True, capture_output=True, text=True).stdout
-    assert f", {result['wrong']} of 10000 wrong" in alone
+    assert f", {result['wrong']} of 400 wrong" in alone
 
     # Another number of workers may resume, and a signal to any one stops all.
-    workers = Workers(whole, 3, "--train", *SMALL, "--epoch=100")
+    workers = Workers(whole, 3, "--train", *settings, "--epoch=100")
     for line in workers.processes[0].stdout:
         if line.startswith("Epoch"):
             break
