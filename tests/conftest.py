@@ -1,27 +1,10 @@
-"""Fixtures that several tests share, their compilation cache, and the order of their files."""
+"""Fixtures that several tests of `training/` share, and a compilation cache for the tests alone."""
 
 import os
 import shutil
 
 import pytest
 from engine import state, trainer_in
-
-# The files that take longest are run first, so that both workers end at about the same time.
-LONG_FILES = (
-    "test_distribution.py",
-    "test_commands_train.py",
-    "test_experiments.py",
-    "test_benchmarks.py",
-    "test_commands_export.py",
-    "test_runtime.py",
-    "test_draw_docs.py",
-    "test_xla_cache.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Move the tests of LONG_FILES to the front; the order is otherwise that of the names."""
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session", autouse=True)
