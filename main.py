@@ -21,12 +21,10 @@ import sys
 
 from absl import flags
 
-import config
-import datasets
-import errors
-import runtime
-import usage
-from errors import UsageError, UserError
+from capsnet import config, errors
+from capsnet.errors import UsageError, UserError
+from inputs import datasets
+from runtime import command_line, messages, startup, terminal
 
 NETWORK, TRAINING = config.NetworkConfig(), config.TrainingConfig()
 _MULTI = ", ".join(f"--{name}={value}" for name, value in config.MULTI_MNIST.items())
@@ -177,17 +175,17 @@ ADVICE = {
 
 def advice(error):
     """Return which flag or command helps against an error, "" if the error says so itself."""
-    return usage.advice_for(error, ADVICE, runtime.is_out_of_memory(error))
+    return command_line.advice_for(error, ADVICE, messages.is_out_of_memory(error))
 
 
 def help_text():
-    """Return the examples, then all flags by purpose, in lines of at most `usage.WIDTH` columns."""
+    """Return the examples, then all flags by purpose."""
     lines = [__doc__.strip()]
     for group, rows in FLAGS.items():
         lines.append(f"\n{group}:")
         for name, default, bounds, text in rows:
             flag, note = describe_flag(name, default, bounds)
-            lines += usage.help_lines(flag, text + note)
+            lines += command_line.help_lines(flag, text + note)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -201,7 +199,7 @@ def describe_flag(name, default, bounds):
             return f"--{name}={'|'.join(bounds)}", note
         return f"--{name}={default or EMPTY.get(name, 'TEXT')}", ""
     low, high = bounds
-    common = isinstance(default, int) and high <= usage.COMMON
+    common = isinstance(default, int) and high <= command_line.COMMON
     return f"--{name}={default}", f" ({low:,} to {high:,})" if common else ""
 
 
@@ -213,8 +211,8 @@ def parse(argv):
     try:
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        problem = usage.describe_problem(error, NAMES)
-        raise UsageError(problem + usage.see_help(problem)) from None
+        problem = command_line.describe_problem(error, NAMES)
+        raise UsageError(problem + command_line.see_help(problem)) from None
     if stray:
         refuse_stray_word(stray[0], values.predict)
     refuse_repeats(values)
@@ -236,7 +234,7 @@ def define_flag(values, name, default, bounds, text):
     elif isinstance(default, str):
         flags.DEFINE_string(name, default, text, flag_values=values)
     else:
-        parser, serializer = usage.NumberParser(type(default)), flags.ArgumentSerializer()
+        parser, serializer = command_line.NumberParser(type(default)), flags.ArgumentSerializer()
         flags.DEFINE(parser, name, default, text, flag_values=values, serializer=serializer)
 
 
@@ -247,7 +245,7 @@ def refuse_stray_word(word, pattern):
             f"unexpected argument {word!r}: the shell replaced the pattern of --predict by the "
             "files' names, expected a quoted one, such as --predict='*.png'"
         )
-    raise UsageError(usage.stray_word(word, NAMES))
+    raise UsageError(command_line.stray_word(word, NAMES))
 
 
 def refuse_repeats(values):
@@ -265,7 +263,7 @@ def check_values(values):
         value = getattr(values, name)
         number = type(default) in (int, float)
         if number and not bounds[0] <= value <= bounds[1]:  # absl's own bounds let nan pass
-            expected = usage.expected_number(type(default), *bounds, value)
+            expected = command_line.expected_number(type(default), *bounds, value)
             raise UsageError(f"--{name}={value}: expected {expected}")
         if isinstance(default, str) and not value and (default or values[name].present):
             raise UsageError(f"--{name} is empty, expected a value")
@@ -285,7 +283,7 @@ def check_values(values):
 
 def refuse_bad_size(values):
     """Raise UsageError if --image_size is given and is not a size."""
-    sides = usage.parse_size(values.image_size)
+    sides = command_line.parse_size(values.image_size)
     given = values["image_size"].present
     if given and not (sides and all(1 <= side <= LARGEST_SIDE for side in sides)):
         raise UsageError(
@@ -362,7 +360,7 @@ def check_weights(values):
 
 def main(argv):
     """Run the command line (argv[0] is the program) and return its exit code."""
-    runtime.escape_what_streams_lack()
+    terminal.escape_unencodable_output()
     try:
         if any(word in ("--help", "-help", "-h") for word in argv[1:]):
             print(help_text(), flush=True)
@@ -397,8 +395,7 @@ def run_modes(values, argv, modes):
     """Run the modes of a command line in their order, and return the exit code."""
     several_workers = values.strategy == "multi_worker"
     # When one of several workers stops, all others say so; the line printed below is enough.
-    # Only a training run compiles for seconds.
-    tf = runtime.start_tensorflow("3" if several_workers else "2", keep_compiled=values.train)
+    tf = startup.start_tensorflow("3" if several_workers else "2")
     from training.interrupt import Interrupted
 
     try:
@@ -411,7 +408,7 @@ def run_modes(values, argv, modes):
     except BrokenPipeError:
         raise
     except (UserError, OSError, MemoryError, tf.errors.OpError) as error:
-        line = runtime.describe_error(error, advice(error), several_workers)
+        line = messages.describe_error(error, advice(error), several_workers)
         print(f"main.py: {line}", file=sys.stderr)
     return 1
 

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from config import INITIALIZATION, INITIALIZATIONS, VARIANTS, NetworkConfig
-from errors import ImageTooSmall
+from capsnet.config import INITIALIZATION, INITIALIZATIONS, VARIANTS, NetworkConfig
+from capsnet.errors import ImageTooSmall
 
 DEFAULTS = NetworkConfig()
 # Images that are routed at a time on a CPU, for inference: their votes fit in its cache.
@@ -189,7 +189,7 @@ class CapsNet(keras.Model):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: a batch from `input_pipeline.batches`.
+            batch: a batch from `pipeline.batches`.
             spectra: what `spectra` returned, if no weight has changed since.
             compile_part: as in `capsules`.
             step: number of the training step. Networks that draw random numbers need it; this one

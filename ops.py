@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from spectral import (
+from capsnet.spectral import (
     PATCH_CHANNELS,
     conv_plan,
     image_spectrum,

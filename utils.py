@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import UserError, os_advice
+from capsnet.errors import UserError, os_advice
 
 # What `open_npz` raises for a damaged .npz file, or one that is not an .npz file at all.
 NPZ_ERRORS = (
@@ -32,6 +32,8 @@ NPZ_ERRORS = (
 
 SAMPLE = 1000  # images that are looked at to judge all of them
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of controls and ends of lines
+
+ROOT = Path(__file__).resolve().parent  # the folder of the program
 
 # --- Files ----------------------------------------------------------------------------------------
 
@@ -83,6 +85,17 @@ def write_csv(path, header, rows):
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with atomic_path(path) as temporary, open(temporary, "w", **options) as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def find_in_cwd_or_repo(folder, needed):
+    """Return a folder of the working folder or else of the program that has a file, or None.
+
+    Args:
+        folder: path, relative to the working folder or to the program's.
+        needed: name of the file or folder that must be in it.
+    """
+    candidates = Path(folder), ROOT / folder
+    return next((path for path in candidates if (path / needed).exists()), None)
 
 
 def markdown_table(header, rows):

@@ -28,10 +28,10 @@ import faulty_server
 import numpy as np
 import timing
 
-import config
 import download
-import errors
-from readers import idx
+from capsnet import config, errors
+from inputs.readers import idx
+from runtime import startup
 
 MAIN = timing.ROOT / "main.py"
 SMALL_RUN = [
@@ -216,9 +216,7 @@ def save_endlessly(folder, pipe):
         folder: folder of the checkpoints.
         pipe: connection to send to.
     """
-    import runtime
-
-    runtime.start_tensorflow()
+    startup.start_tensorflow()
     from training.checkpoints import saved_steps
 
     checkpoints, state = paper_checkpoints(folder)
@@ -490,7 +488,7 @@ def break_everything(flags):
         ("mutated data files", bad_readings, (inputs,)),
         ("mutated command lines", bad_command_lines, (inputs,)),
     ]
-    print(timing.machine() + "\n", flush=True)
+    print(timing.conditions() + "\n", flush=True)
     dice, rows = random.Random(flags.seed), []
     with tempfile.TemporaryDirectory() as place:
         for number, (name, function, arguments) in enumerate(trials):

@@ -18,9 +18,9 @@ import sys
 import numpy as np
 import timing
 
-import datasets
-import errors
-import runtime
+from capsnet import errors
+from inputs import datasets
+from runtime import machine, startup
 
 PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
@@ -86,7 +86,7 @@ def pytorch(options, batch_size):
 
 def this_tool(precision, batch_size):
     """Return calls that train one step and classify one batch with this tool."""
-    runtime.start_tensorflow()
+    startup.start_tensorflow()
     data = timing.load_digits(batch_size)
     trainer = timing.make_trainer(data, batch_size, precision=precision)
     batch = timing.first_batch(trainer)
@@ -119,11 +119,11 @@ def compare(flags):
         raise errors.UserError(
             "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
-    units, compiler = runtime.bfloat16_units(), find_compiler()
+    units, compiler = machine.bfloat16_units(), find_compiler()
     options, precisions = contestants(bool(units), bool(compiler))
     times, memory = take_turns(options, precisions, flags)
     version = importlib.metadata.version("torch")
-    print(f"{timing.machine()}, PyTorch {version}")
+    print(f"{timing.conditions()}, PyTorch {version}")
     print(f"Batch {flags.batch_size}, {flags.rounds} rounds.")
     if not units:
         print("bfloat16 is not measured: the processor has no units for it.")

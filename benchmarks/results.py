@@ -14,7 +14,7 @@ import sys
 
 import timing
 
-import errors
+from capsnet import errors
 
 FOLDER = timing.ROOT / "results"
 HEADER = [

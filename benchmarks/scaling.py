@@ -24,7 +24,7 @@ def measure(batch_size, image_size, steps):
 
 def measure_all(flags):
     """Measure all sizes and print the table."""
-    print(timing.machine() + "\n", flush=True)
+    print(timing.conditions() + "\n", flush=True)
     rows = []
     for batch_size, image_size in SIZES:
         with timing.new_process() as process:

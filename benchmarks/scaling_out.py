@@ -36,7 +36,7 @@ def train(replicas, steps, batch_size):
     import keras
     import tensorflow as tf
 
-    from input_pipeline import batches
+    from inputs.pipeline import batches
     from training.distribution import choose_strategy
 
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -124,7 +124,7 @@ def megabytes(result):
 
 def compare(flags):
     """Train on each number of replicas and print the table."""
-    print(timing.machine() + f", batch {flags.batch_size}, {flags.steps} steps\n", flush=True)
+    print(timing.conditions() + f", batch {flags.batch_size}, {flags.steps} steps\n", flush=True)
     results = {}
     for replicas in REPLICAS:
         with timing.new_process() as process:

@@ -46,7 +46,7 @@ def stages(trainer, batch):
 
     Args:
         trainer: trainer of the default formulation.
-        batch: batch from `input_pipeline.batches`.
+        batch: batch from `pipeline.batches`.
     """
     import tensorflow as tf
 
@@ -159,7 +159,7 @@ def compare(flags):
     """Measure both batch sizes and print the tables."""
     # The literal layer replaces one whose weights the optimizer still lists.
     warnings.filterwarnings("ignore", "Gradients do not exist")
-    print(timing.machine() + "\n", flush=True)
+    print(timing.conditions() + "\n", flush=True)
     peak = timing.GemmPeak()
     for batch_size in (64, 128):
         train, infer, alone, rates = measure(batch_size, flags.rounds, flags.steps, peak)

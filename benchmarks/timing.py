@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 from command_line import MOST, Flag, number, run_script
 
-import config
-import datasets
-import runtime
 import utils
+from capsnet import config
+from inputs import datasets
+from runtime import machine, startup
 
-ROOT = runtime.ROOT
+ROOT = utils.ROOT
 # Multiply-adds ×2 of the network at batch 64, direct convolutions: three times the forward pass
 # (forward, gradient of inputs, gradient of weights) less conv1's gradient of the input.
 DIRECT_GFLOP_AT_64 = 77.0
@@ -50,12 +50,12 @@ def run(argv, doc, function, starts_tensorflow=True, **defaults):
     return run_script(argv, doc, definitions, function, starts_tensorflow=starts_tensorflow)
 
 
-def machine():
+def conditions():
     """Return processor, cores, units for bfloat16, versions and date, in a line."""
-    source, present = runtime.provenance(), runtime.bfloat16_units()
+    source, present = machine.provenance(), machine.bfloat16_units()
     units = [
         f"{'with' if unit in present else 'without'} {unit}"
-        for unit in runtime.BFLOAT16_UNITS.values()
+        for unit in machine.BFLOAT16_UNITS.values()
     ]
     versions = source["versions"]
     return (
@@ -87,7 +87,7 @@ def peak_megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def new_process(initializer=runtime.start_tensorflow, arguments=()):
+def new_process(initializer=startup.start_tensorflow, arguments=()):
     """Return an executor of one new process, which shares nothing with this one.
 
     Args:
@@ -123,7 +123,7 @@ def load_digits(count=None, image_size=28):
         count: number of digits, None for all.
         image_size: pixels of a side; digits are padded to it with zeros.
     """
-    from input_pipeline import Data
+    from inputs.pipeline import Data
 
     mnist = datasets.load_dataset("mnist", ROOT / "data")
     edge = (image_size - 28) // 2
@@ -170,7 +170,7 @@ def make_trainer(
 
 def first_batch(trainer):
     """Return the first batch of a training run."""
-    from input_pipeline import batches
+    from inputs.pipeline import batches
 
     plan = trainer.data.training_plan(seed=0, epoch=0)
     return next(iter(batches(trainer.data, plan, trainer.config.batch_size)))
@@ -181,7 +181,7 @@ def make_inference(network, batch, jit=True):
 
     Args:
         network: CapsNet.
-        batch: batch from `input_pipeline.batches`.
+        batch: batch from `pipeline.batches`.
         jit: whether XLA compiles it.
     """
     import tensorflow as tf

@@ -8,10 +8,11 @@ import numpy as np
 
 import figures
 import utils
+from capsnet.config import TrainingConfig
 from commands.pictures import outputs_of
 from commands.train import summarize
-from config import TrainingConfig
-from runtime import Display, provenance, say_written
+from runtime.machine import provenance
+from runtime.terminal import Display, report_written
 from training.evaluation import BATCH_SIZE, Evaluator
 from training.events import read_scalars, replacing_events, write_scalars
 
@@ -40,7 +41,7 @@ def test(session):
     else:
         pictures = [matrix, save_misclassified(session, plan, evaluation)]
     pictures.append(save_lengths(session, evaluation))
-    say_written([folder / "test.json", folder / "predictions.csv", *pictures])
+    report_written([folder / "test.json", folder / "predictions.csv", *pictures])
 
 
 def measure(session, plan):

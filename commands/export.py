@@ -10,14 +10,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import config
 import ops
-from commands.appearance import KEY, PLAIN
+from capsnet import config
+from capsnet.errors import UserError
 from commands.evaluate import training_seconds
-from errors import UserError
+from inputs.appearance import KEY, PLAIN
 from model import CapsNet
-from runtime import ROOT, say_written
+from runtime.terminal import report_written
 from training.checkpoints import METADATA, by_path
+from utils import ROOT
 
 
 def export(session):
@@ -35,7 +36,7 @@ def export(session):
     card = model_card(session, metadata, result)
     write_network(session.network, folder, metadata, card, session.digits_per_example)
     names = ("capsnet.keras", "saved_model", "weights.npz", "README.md")
-    say_written([folder / name for name in names])
+    report_written([folder / name for name in names])
 
 
 def check_new(folder):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import figures
-from input_pipeline import batches
+from inputs.pipeline import batches
 from model import TWEAKS, Outputs, uncompiled
-from runtime import say_written
+from runtime.terminal import report_written
 
 GRID_IMAGES = 64
 
@@ -43,7 +43,7 @@ def reconstruction_test(session):
         figures.drawable_names(session.dataset.class_names),
     )
     session.show_picture("reconstructions", page)
-    say_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
+    report_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
 
 
 def tweak_test(session):
@@ -61,7 +61,7 @@ def tweak_test(session):
     page = figures.save_tweak_overview(overview, images[:, 0], TWEAKS, shown[0])
     figures.save_sweep(folder / "sweep.gif", images, TWEAKS, shown)
     session.show_picture("tweaks", page)
-    say_written(
+    report_written(
         [
             folder / f"tweak_result_0.png to _{len(images) - 1}.png",
             overview,

@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 import figures
-import ink
 import utils
-from commands.appearance import ground_of
-from datasets import subtract_ground
-from errors import UserError
+from capsnet.errors import UserError
+from inputs import ink
+from inputs.appearance import ground_of
+from inputs.datasets import subtract_ground
 from model import CHUNK_SIZE
-from runtime import say_written
+from runtime.terminal import report_written
 
 LIKELIEST = 3  # classes that are named for each file
 THUMBNAIL = 224  # pixels of the longer side of a file, as it is kept to be drawn
@@ -89,7 +89,7 @@ def predict(session):
         sheet = folder / "predictions.png"
         originals, images = zip(*((p.original, p.image) for p in pictures), strict=True)
         figures.save_predictions(sheet, originals, images, reconstructions, captions)
-        say_written([folder / "predictions.csv", sheet])
+        report_written([folder / "predictions.csv", sheet])
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import utils
-from errors import NoPretrainedWeights, PretrainedMismatch, UserError
-from runtime import here_or_in_program
+from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from training.checkpoints import METADATA, differences
+from utils import find_in_cwd_or_repo
 
 FILE = "weights.npz"
 
@@ -53,7 +53,7 @@ def find_exported(folder):
     Raises:
         UserError: there are no weights in it.
     """
-    found = here_or_in_program(folder, FILE)
+    found = find_in_cwd_or_repo(folder, FILE)
     if found is None:
         raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
     return found

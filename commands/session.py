@@ -8,19 +8,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import config
-import datasets
-import runtime
-from commands import appearance
+import utils
+from capsnet import config
+from capsnet.errors import UsageError, UserError
 from commands.pretrained import load_pretrained, pretrained_metadata
-from errors import UsageError, UserError
-from input_pipeline import Data
+from inputs import appearance, datasets
+from inputs.pipeline import Data
 from model import CapsNet
+from runtime import machine, startup
+from runtime.command_line import parse_size
 from training.checkpoints import load_weights, newest_metadata
 from training.distribution import choose_strategy, is_chief
 from training.events import replacing_events
 from training.folders import Folders, claim
-from usage import parse_size
 
 # Modes that write to the run's log folder, or read its events.
 MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
@@ -40,19 +40,19 @@ class Session:
 
     def __init__(self, flags, argv):
         self.flags, self.argv = flags, argv
-        self.commit = runtime.commit()  # now: it may be another one after an hour of training
-        gpu = runtime.has_gpu()
-        if flags.precision != "float32" and not runtime.multiplies_bfloat16():
-            units = " or ".join(runtime.BFLOAT16_UNITS.values())
+        self.commit = machine.commit()  # now: it may be another one after an hour of training
+        gpu = machine.has_gpu()
+        if flags.precision != "float32" and not machine.multiplies_bfloat16():
+            units = " or ".join(machine.BFLOAT16_UNITS.values())
             raise UsageError(
                 f"--precision={flags.precision} needs an accelerator or a processor with {units}, "
                 "and there is none here, expected --precision=float32"
             )
         if flags.deterministic:
             tf.config.experimental.enable_op_determinism()
-        self.strategy = choose_strategy(flags.strategy, runtime.waiting_for_workers())
+        self.strategy = choose_strategy(flags.strategy, startup.waiting_for_workers())
         self.chief = is_chief(self.strategy)
-        self.conv = runtime.fastest_conv() if flags.conv == "auto" else flags.conv
+        self.conv = machine.fastest_conv() if flags.conv == "auto" else flags.conv
         fast = gpu or self.conv == "dft"
         self.jit = fast if flags.jit == "auto" else flags.jit == "on"
         name = datasets.dataset_name(flags.dataset)
@@ -192,7 +192,7 @@ class Session:
     def weights_folder(self):
         """Return the folder of the weights to examine."""
         if self.flags.pretrained:
-            return runtime.ROOT / "pretrained" / self.name
+            return utils.ROOT / "pretrained" / self.name
         return self.folders.best if self.flags.validation_check else self.folders.checkpoint
 
     def _fit_network_to_weights(self):
@@ -301,5 +301,5 @@ def data_folder(flags):
     """Return the folder of the data sets: ./data if this one is in it, else the program's."""
     if flags["data_dir"].present:
         return flags.data_dir
-    found = runtime.here_or_in_program(flags.data_dir, flags.dataset)
-    return found or runtime.ROOT / flags.data_dir
+    found = utils.find_in_cwd_or_repo(flags.data_dir, flags.dataset)
+    return found or utils.ROOT / flags.data_dir

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-import config
 import figures
 import model
-import runtime
 import utils
-from commands import appearance
+from capsnet import config
 from commands.pictures import outputs_of
 from commands.pretrained import find_exported, load_pretrained
 from commands.session import fingerprint
-from input_pipeline import split_validation
-from runtime import Display, plural, say_written
+from inputs import appearance
+from inputs.pipeline import split_validation
+from runtime import machine
+from runtime.terminal import Display, plural, report_written
 from training.events import read_scalars
 from training.trainer import Trainer
 
@@ -77,7 +77,7 @@ def announce(session):
             f"{flags.multi_shift} pixels."
         )
     if session.chief:
-        print("\n".join([runtime.describe_device(), *describe(session)]), flush=True)
+        print("\n".join([machine.describe_device(), *describe(session)]), flush=True)
 
 
 def next_command(flags, modes):
@@ -128,8 +128,8 @@ def describe(session):
         f"of {flags.batch_size}, {plural(math.ceil(images / flags.batch_size), 'step')} an epoch; "
         f"training takes about {memory / 1e9:.1f} GB of memory"
     )
-    available = runtime.memory_size()
-    if available and memory > available and not runtime.has_gpu():
+    available = machine.memory_size()
+    if available and memory > available and not machine.has_gpu():
         fits = replicas * model.batch_that_fits(sizes, available, data_bytes)
         advice = f"at most --batch_size={fits} fits" if fits else "try a smaller network"
         lines.append(f"That is more than the {available / 1e9:.1f} GB of this machine: {advice}.")
@@ -286,7 +286,7 @@ def draw_learning_curves(session, path, steps_per_epoch):
     curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
     if curves:
         figures.save_learning_curves(path, curves, steps_per_epoch, session.name)
-        say_written([path])
+        report_written([path])
 
 
 def flag_table(flags):

@@ -24,11 +24,11 @@ import numpy as np
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 from PIL import Image
 
-import config
-import datasets
 import figures
-import runtime
 import utils
+from capsnet import config
+from inputs import datasets
+from runtime import machine, terminal
 
 CANVAS, PADDING = 40, 6  # pixels: 28 + 2 * 6
 # Nobody knows beforehand how many epochs an accuracy takes, so the learning rate falls more slowly
@@ -250,7 +250,7 @@ def make_network(name, seed=0):
 
     from model import CapsNet
 
-    shape, conv = (CANVAS, CANVAS, 1), runtime.fastest_conv()
+    shape, conv = (CANVAS, CANVAS, 1), machine.fastest_conv()
     architecture = NETWORKS[name].architecture
     if architecture:
         return CNN(shape, CLASSES, architecture, conv=conv, seed=seed)
@@ -265,7 +265,7 @@ def examine(name, flags, mnist):
     """
     import trial
 
-    from input_pipeline import Data, split_validation
+    from inputs.pipeline import Data, split_validation
 
     size = min(flags.train_size or MOST, len(mnist.y_train))
     train_indices, held_out = split_validation(size, seed=0)
@@ -343,7 +343,7 @@ def make_test(name, folder, labels):
         folder: folder of `trial.run`.
         labels: (N,), of the images.
     """
-    from input_pipeline import Data
+    from inputs.pipeline import Data
     from training.checkpoints import load_weights
     from training.evaluation import Evaluator
 
@@ -434,7 +434,10 @@ def compare(flags):
     draw(output / "affine.png", outcomes)
     for name, outcome in outcomes.items():
         if not reaches(outcome["held_out_accuracy"], flags.accuracy / 100):
-            title, epochs = NETWORKS[name].title, runtime.plural(outcome["trained_epochs"], "epoch")
+            title, epochs = (
+                NETWORKS[name].title,
+                terminal.plural(outcome["trained_epochs"], "epoch"),
+            )
             print(
                 f"\n{title} did not reach {flags.accuracy:g}% in {epochs}; to train longer: a "
                 "larger --epochs."

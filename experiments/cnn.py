@@ -138,7 +138,7 @@ class CNN(keras.Model):
         """Run the network on a batch and return all outputs.
 
         Args:
-            batch: a batch from `input_pipeline.batches`.
+            batch: a batch from `pipeline.batches`.
             spectra: from `spectra`, if no weight changed since.
             compile_part: compiles a function, if no gradient is wanted: nothing is dropped out.
             step: number of the training step, for the dropout.

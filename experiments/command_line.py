@@ -14,10 +14,10 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import errors
-import runtime
-import usage
-from errors import UsageError, UserError
+import utils
+from capsnet import errors
+from capsnet.errors import UsageError, UserError
+from runtime import command_line, machine, messages, startup, terminal
 from training.interrupt import Interrupted
 
 MOST = 10**9  # epochs, images and the like
@@ -42,7 +42,7 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan  # which is within no bounds
         if not low <= value <= high:
-            raise ValueError("expected " + usage.expected_number(kind, low, high, value))
+            raise ValueError("expected " + command_line.expected_number(kind, low, high, value))
         return value
 
     return parse
@@ -78,7 +78,7 @@ def path_name(text):
     return os.path.expanduser(text)
 
 
-DATA_DIR = Flag("data_dir", str(runtime.ROOT / "data"), path_name, "folder of the data sets")
+DATA_DIR = Flag("data_dir", str(utils.ROOT / "data"), path_name, "folder of the data sets")
 
 
 class _Parser(flags.ArgumentParser):
@@ -97,9 +97,9 @@ def parse(argv, definitions):
     try:
         stray = values(argv)[1:]
     except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        raise UsageError(usage.describe_problem(error, names)) from None
+        raise UsageError(command_line.describe_problem(error, names)) from None
     if stray:
-        raise UsageError(usage.stray_word(stray[0], names))
+        raise UsageError(command_line.stray_word(stray[0], names))
     repeated = next((flag.name for flag in definitions if values[flag.name].present > 1), None)
     if repeated:
         raise UsageError(f"--{repeated} is given more than once, expected one value")
@@ -111,7 +111,7 @@ def help_text(doc, definitions):
     lines = [doc.strip()]
     for flag in definitions:
         shown = f"--{flag.name}" if flag.default is None else f"--{flag.name}={flag.default}"
-        lines += usage.help_lines(shown, flag.help)
+        lines += command_line.help_lines(shown, flag.help)
     return "\n".join([lines[0], "", *lines[1:]])
 
 
@@ -123,10 +123,10 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         doc: docstring of the script, for `--help`.
         definitions: list of Flag.
         function: takes the values of the flags; returns an exit code, None for 0.
-        advice: dict of type of error to what the user can do, see `usage.advice_for`.
+        advice: dict of type of error to what the user can do, see `command_line.advice_for`.
         starts_tensorflow: whether the function needs TensorFlow.
     """
-    runtime.escape_what_streams_lack()
+    terminal.escape_unencodable_output()
     program = Path(argv[0]).name
     if any(word in ("--help", "-help", "-h") for word in argv[1:]):
         print(help_text(doc, definitions))
@@ -134,22 +134,22 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
     problems = (UserError, OSError, MemoryError)
     try:
         values = parse(argv, definitions)
-        runtime.commit()  # now: it may be another one after an hour of training
+        machine.commit()  # now: it may be another one after an hour of training
         if starts_tensorflow:
-            problems += (runtime.start_tensorflow().errors.OpError,)
+            problems += (startup.start_tensorflow().errors.OpError,)
         code = function(values) or 0
         sys.stdout.flush()  # here, where a reader that has gone is noticed
         return code
     except UsageError as error:
-        print(f"{program}: {error}{usage.see_help(error)}", file=sys.stderr)
+        print(f"{program}: {error}{command_line.see_help(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return 1
     except problems as error:
         advice = {errors.FolderInUse: "wait for it"} | (advice or {})
-        helps = usage.advice_for(error, advice, runtime.is_out_of_memory(error))
-        line = runtime.describe_error(error, helps)
+        helps = command_line.advice_for(error, advice, messages.is_out_of_memory(error))
+        line = messages.describe_error(error, helps)
         print(f"{program}: {line}", file=sys.stderr)
         return 1
     except Interrupted as stop:

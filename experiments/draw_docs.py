@@ -28,11 +28,11 @@ from typing import NamedTuple
 import numpy as np
 from command_line import DATA_DIR, Flag, path_name, run_script
 
-import datasets
 import figures
-import runtime
 import utils
-from errors import UserError
+from capsnet.errors import UserError
+from inputs import datasets
+from runtime import terminal
 
 SHOWN = 3  # digits in the animation
 TRIED = 10  # test images of a class, one of which may be shown
@@ -46,10 +46,10 @@ SINGLE = {
     for name in ("confusion_matrix", "misclassified", "capsule_lengths", "predictions")
 }
 PAIRS = {"multi_MNIST.png": "multi_MNIST.png", "predictions.png": "pair_predictions.png"}
-TOUR = runtime.ROOT / "docs" / "tour.ipynb"
-RESULTS = runtime.ROOT / "results" / "experiments"
+TOUR = utils.ROOT / "docs" / "tour.ipynb"
+RESULTS = utils.ROOT / "results" / "experiments"
 FLAGS = [
-    Flag("output", str(runtime.ROOT / "assets"), path_name, "folder to write to"),
+    Flag("output", str(utils.ROOT / "assets"), path_name, "folder to write to"),
     DATA_DIR,
 ]
 
@@ -181,7 +181,7 @@ def run_main(words, data_dir, folder):
         f"--sample_dir={folder}",
         f"--logdir={folder}/logs",
     ]
-    if subprocess.run([sys.executable, "main.py", *words], cwd=runtime.ROOT).returncode:
+    if subprocess.run([sys.executable, "main.py", *words], cwd=utils.ROOT).returncode:
         raise UserError(f"{command} failed, its message is above")
 
 
@@ -219,7 +219,7 @@ def draw_pairs(data_dir, output):
 def draw_reconstructions(network, mnist, wrong, path):
     """Draw the first right test images and the first wrong ones with their reconstructions."""
     from commands.pictures import outputs_of
-    from input_pipeline import Data
+    from inputs.pipeline import Data
 
     right = [number for number in range(len(mnist.y_test)) if number not in set(wrong)][:RIGHT]
     chosen = right + wrong[:WRONG]
@@ -315,7 +315,7 @@ def draw_results(output):
     affine.draw(output / "affine.png", outcomes)
     watched = json.loads((RESULTS / "routing.json").read_text())
     routing.draw(output / "routing.png", watched["changes"], watched["entropies_bits"])
-    draw_speed(runtime.ROOT / "docs" / "performance.md", output / "speed.png")
+    draw_speed(utils.ROOT / "docs" / "performance.md", output / "speed.png")
     return [output / f"{name}.png" for name in ("affine", "routing", "speed")]
 
 
@@ -325,17 +325,17 @@ def draw_all(flags):
 
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
-    runtime.say_written(draw_results(output))
+    terminal.report_written(draw_results(output))
     mnist = datasets.load_dataset("mnist", flags.data_dir)
     network, _ = routing.load_network(mnist.x_test.shape[1:], None)
-    runtime.say_written(draw_capsules(network, mnist, output))
+    terminal.report_written(draw_capsules(network, mnist, output))
     files, wrong = draw_single(flags.data_dir, output)
     draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
-    runtime.say_written(
+    terminal.report_written(
         [*files, output / "reconstruction.png", *draw_pairs(flags.data_dir, output)]
     )
     save_tour(TOUR)
-    runtime.say_written([TOUR])
+    terminal.report_written([TOUR])
 
 
 def main(argv):

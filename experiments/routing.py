@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
 
-import datasets
-import errors
 import figures
-import runtime
 import utils
+from capsnet import errors
+from inputs import datasets
+from runtime import machine
 
 ITERATIONS, IMAGES, CLASSES = 10, 10_000, 10
 BATCH_SIZE = 100
@@ -81,9 +81,9 @@ def load_network(image_shape, checkpoint):
     from model import CapsNet
     from training.checkpoints import load_weights
 
-    network = CapsNet(image_shape, CLASSES, conv=runtime.fastest_conv())
+    network = CapsNet(image_shape, CLASSES, conv=machine.fastest_conv())
     if checkpoint is None:
-        return network, load_pretrained(network, runtime.ROOT / "pretrained" / "mnist")
+        return network, load_pretrained(network, utils.ROOT / "pretrained" / "mnist")
     metadata = load_weights(network, checkpoint, print)
     trained = metadata["training"].get("dataset", "mnist")
     if trained != "mnist":

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 
-import config
-import datasets
 import figures
-import runtime
 import utils
+from capsnet import config
+from inputs import datasets
+from runtime import machine, terminal
 
 
 class Row(NamedTuple):
@@ -73,7 +73,7 @@ def make_network(row, shape, overlap, seed):
 
     from model import CapsNet
 
-    conv = runtime.fastest_conv()
+    conv = machine.fastest_conv()
     if row != "cnn":
         return CapsNet(shape, CLASSES, routing_iterations=ROWS[row].iterations, conv=conv)
     architecture, digits = ("multi", 2) if overlap else ("mnist", 1)
@@ -106,7 +106,7 @@ def run_row(row, seed, flags):
     """Train and test a row with a seed; return the result, see `trial.run`."""
     import trial
 
-    from input_pipeline import Data
+    from inputs.pipeline import Data
 
     mnist = datasets.load_dataset("mnist", flags.data_dir)
     overlap = flags.dataset == "multi_MNIST"
@@ -198,7 +198,7 @@ def draw(path, results, dataset):
         color="#b0b0b0",
         label="the paper",
     )
-    epochs = runtime.plural(next(iter(results.values()))[0]["epochs"], "epoch")
+    epochs = terminal.plural(next(iter(results.values()))[0]["epochs"], "epoch")
     figures.label_panel(panel, f"Test error on {dataset}, %, after {epochs} here")
     panel.set_xticks(range(len(results)), [bar_name(ROWS[name]) for name in results])
     panel.grid(visible=False, axis="x")

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-import errors
-import runtime
 import utils
-from config import SAVE_STEPS
-from input_pipeline import Data, Plan
+from capsnet import errors
+from capsnet.config import SAVE_STEPS
+from inputs.pipeline import Data, Plan
+from runtime import machine, terminal
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
 from training.events import read_scalars
@@ -94,7 +94,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     outcome = settings | progress | measure_accuracy(network, test_data, plan)
     outcome["training_seconds"] = read_scalars(folder / "logs" / "train")[1]
     outcome["parameters"] = count_trained(network, training)
-    outcome |= runtime.provenance()
+    outcome |= machine.provenance()
     utils.write_json(result, outcome)
     return outcome, folder
 
@@ -125,7 +125,7 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
         dict of the epochs trained, and the accuracy on the held-out images (None without a goal).
     """
     folders = Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         trainer = Trainer(
             network, data, training, folders, {"data": fingerprint}, report=display.report
         )
@@ -144,7 +144,7 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
             with trainer.averaged():
                 reached = evaluator.evaluate(goal.data, goal.plan).accuracy
             display.report(
-                f"Held-out accuracy after {runtime.plural(trained, 'epoch')}: {100 * reached:.2f}%"
+                f"Held-out accuracy after {terminal.plural(trained, 'epoch')}: {100 * reached:.2f}%"
             )
             if reaches(reached, goal.accuracy):
                 break

@@ -1,16 +1,9 @@
-"""Fixtures that several tests of `training/` share, and a compilation cache for the tests alone."""
+"""Fixtures that several tests of `training/` share."""
 
-import os
 import shutil
 
 import pytest
 from engine import state, trainer_in
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The folder in which the commands that tests run keep what XLA compiles."""
-    os.environ["CAPSNET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

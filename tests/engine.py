@@ -10,8 +10,8 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from config import TrainingConfig
-from input_pipeline import Data
+from capsnet.config import TrainingConfig
+from inputs.pipeline import Data
 from training.folders import Folders
 from training.trainer import Trainer
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-import datasets
 import main
 from commands.session import Session
+from inputs import datasets
 from model import CapsNet
 from training.checkpoints import Checkpoints, RunState
 

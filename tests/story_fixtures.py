@@ -5,7 +5,7 @@ import json
 import pytest
 from story import ROOT, SMALL, Story, first_images, load_all
 
-import datasets
+from inputs import datasets
 
 
 @pytest.fixture(scope="module")

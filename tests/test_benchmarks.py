@@ -21,14 +21,12 @@ import pytorch_baseline
 import scaling
 import scaling_out
 import speed
-import startup
 import timing
 
-import config
 import download
-import errors
-import input_pipeline
 import results
+from capsnet import config, errors
+from inputs import pipeline
 from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -245,10 +243,10 @@ def test_a_compiler_is_found_by_its_name_or_by_the_environment(monkeypatch, pres
 
 
 def test_the_machine_is_named_with_its_units_for_bfloat16(monkeypatch):
-    monkeypatch.setattr(timing.runtime, "machine", lambda: "Fast (2 cores), no GPU")
-    monkeypatch.setattr(timing.runtime, "bfloat16_units", lambda: ["AVX512-BF16"])
+    monkeypatch.setattr(timing.machine, "describe_machine", lambda: "Fast (2 cores), no GPU")
+    monkeypatch.setattr(timing.machine, "bfloat16_units", lambda: ["AVX512-BF16"])
     said = "Fast (2 cores), no GPU, without AMX, with AVX512-BF16, Python 3."
-    assert timing.machine().startswith(said)
+    assert timing.conditions().startswith(said)
 
 
 def test_replicas_are_compared_with_one_in_units_of_each_arrays_largest_value():
@@ -378,7 +376,7 @@ def test_the_exit_code_tells_whether_anything_was_lost(monkeypatch, capsys):
 
         return function
 
-    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "conditions", lambda: "a machine")
     for name in ("kills_in_training", "kills_in_saving", "damaged_checkpoints", "bad_downloads",
                  "bad_readings", "bad_command_lines"):  # fmt: skip
         monkeypatch.setattr(faults, name, trial(name, 0))
@@ -501,7 +499,7 @@ class InThisProcess:
 
 
 def test_the_table_of_sizes_has_a_row_for_each(monkeypatch, capsys):
-    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "conditions", lambda: "a machine")
     monkeypatch.setattr(timing, "new_process", InThisProcess)
     monkeypatch.setattr(scaling, "measure", lambda batch, side, steps: (2.0 * batch, side, 5e6))
     scaling.measure_all(SimpleNamespace(steps=3))
@@ -522,7 +520,7 @@ def test_one_replica_trains_as_the_trainer_does(tiny, monkeypatch):
     tf.keras.utils.set_random_seed(0)
     trainer = timing.make_trainer(data, 4)
     plan = data.training_plan(seed=0, epoch=0)
-    first, second = input_pipeline.batches(data, plan, 4)
+    first, second = pipeline.batches(data, plan, 4)
     with tf.GradientTape() as tape:
         outputs = trainer.network.outputs(first)
         terms = trainer.network.loss_terms(outputs)
@@ -549,7 +547,7 @@ def test_replicas_are_trained_in_processes_of_their_own_and_compared(monkeypatch
         return {"step": 100.0 * replicas, "all-reduce": 10.0, "loss": np.array([1.0]),
                 "gradients": gradients, "weights": {"a": np.array([2.0])}}  # fmt: skip
 
-    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "conditions", lambda: "a machine")
     monkeypatch.setattr(timing, "new_process", InThisProcess)
     monkeypatch.setattr(scaling_out, "train", train)
     scaling_out.compare(SimpleNamespace(steps=5, batch_size=8))
@@ -583,9 +581,9 @@ class FakeProcess(InThisProcess):
 def test_all_contestants_take_turns_and_what_is_missing_is_said(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(pytorch_baseline.importlib.metadata, "version", lambda name: "9.9")
-    monkeypatch.setattr(timing, "machine", lambda: "a machine")
+    monkeypatch.setattr(timing, "conditions", lambda: "a machine")
     monkeypatch.setattr(timing, "new_process", FakeProcess)
-    monkeypatch.setattr(pytorch_baseline.runtime, "bfloat16_units", lambda: [])
+    monkeypatch.setattr(pytorch_baseline.machine, "bfloat16_units", lambda: [])
     monkeypatch.setattr(pytorch_baseline, "find_compiler", lambda: None)
     pytorch_baseline.compare(SimpleNamespace(batch_size=8, rounds=2, steps=1))
     lines = capsys.readouterr().out.splitlines()
@@ -643,55 +641,6 @@ def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
     gradient = module.conv1.weight.grad.numpy().transpose(2, 3, 1, 0)
     scale = np.abs(kernel_gradient).max()
     np.testing.assert_allclose(gradient, kernel_gradient, atol=2 * exactness * scale)
-
-
-# --- Start ----------------------------------------------------------------------------------------
-
-# A program that says how it was called, and then waits to be ended.
-WAITING = """
-import os, sys, time
-assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-print("Reading", *sys.argv[1:], os.environ.get("CAPSNET_CACHE"))
-print("Epoch 1/10 step 1/9: and more")
-time.sleep(60 if "--wait" in sys.argv else 0)
-"""
-
-
-def test_the_wait_for_a_line_ends_with_it(tmp_path, monkeypatch):
-    (tmp_path / "main.py").write_text(WAITING)
-    monkeypatch.setattr(startup.runtime, "ROOT", tmp_path)
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
-    assert 0 < startup.seconds_until(["--wait"], "Epoch 1/", tmp_path) < 30
-    line = "Reading --wait /a/folder\n"
-    assert startup.seconds_until(["--wait"], line, tmp_path, CAPSNET_CACHE="/a/folder") > 0
-    with pytest.raises(RuntimeError, match="--ends ended without a line that begins 'Epoch 2/'"):
-        startup.seconds_until(["--ends"], "Epoch 2/", tmp_path)
-
-
-def test_starts_are_measured_without_and_with_a_cache_that_an_earlier_one_filled(monkeypatch):
-    calls = []
-
-    def seconds_until(words, beginning, folder, **environment):
-        assert os.listdir(folder) == [] and beginning
-        calls.append((words, environment["CAPSNET_CACHE"]))
-        return float(len(calls))
-
-    monkeypatch.setattr(startup, "seconds_until", seconds_until)
-    seconds = startup.measure(2)
-    assert [bool(cache) for _, cache in calls] == [False, True] * 6
-    assert len({cache for _, cache in calls if cache}) == 1
-    train, predict = seconds.values()
-    assert train.tolist() == [[5, 6], [9, 10]] and predict.tolist() == [[7, 8], [11, 12]]
-    assert startup.row("a start", train) == ["a start", "7.00", "8.00"]
-
-
-def test_the_parts_of_a_start_end_with_a_trained_step(tiny, monkeypatch):
-    data = timing.load_digits(64)
-    monkeypatch.setattr(timing, "load_digits", lambda: data)
-    quick = functools.partial(timing.make_trainer, conv="direct", jit=False)
-    monkeypatch.setattr(timing, "make_trainer", quick)
-    parts = startup.parts()
-    assert len(parts) == 6 and all(seconds >= 0 for seconds in parts.values())
 
 
 # --- Kills ----------------------------------------------------------------------------------------

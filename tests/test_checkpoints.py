@@ -12,10 +12,10 @@ import pytest
 import tensorflow as tf
 from engine import events, folders_in, network, same, state, trainer_in
 
-import datasets
-from config import TrainingConfig
-from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
-from input_pipeline import Data, split_validation
+from capsnet.config import TrainingConfig
+from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
+from inputs import datasets
+from inputs.pipeline import Data, split_validation
 from model import CapsNet
 from training.checkpoints import (
     DAMAGE,

@@ -24,7 +24,6 @@ from story import (
 
 import figures
 import main
-import runtime
 from commands.evaluate import (
     confusion,
     digits_right,
@@ -40,7 +39,8 @@ from commands.evaluate import (
 from commands.evaluate import (
     test as run_test,
 )
-from input_pipeline import Data, Plan, evaluation_plan
+from inputs.pipeline import Data, Plan, evaluation_plan
+from runtime import machine, terminal
 from training.evaluation import Evaluation
 
 pytest_plugins = ["story_fixtures"]
@@ -195,7 +195,7 @@ def test_the_total_loss_has_the_weight_of_the_training_not_of_this_command(resul
 
 def test_the_result_says_with_what_it_was_made(result_of, monkeypatch):
     commits = ["at the start"]
-    monkeypatch.setattr(runtime, "commit", lambda: commits[-1])
+    monkeypatch.setattr(machine, "commit", lambda: commits[-1])
     words = [*FAST, "--test", "--logdir=a b"]
     session = make_session(*words)
     commits.append("an hour later")
@@ -206,7 +206,7 @@ def test_the_result_says_with_what_it_was_made(result_of, monkeypatch):
     assert result["flags"] == {name: getattr(values, name) for name, *_ in main.ROWS}
     assert result["training"] == session.metadata["training"]
     assert result["versions"]["tensorflow"] == tf.__version__ and "numpy" in result["versions"]
-    assert result["machine"] == runtime.machine()
+    assert result["machine"] == machine.describe_machine()
     json.dumps(result)
 
 
@@ -400,7 +400,7 @@ def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, 
 def test_the_evaluation_reports_its_progress_and_its_speed(few, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        runtime.Display, "show_count", lambda self, *args: shown.append(args), raising=True
+        terminal.Display, "show_count", lambda self, *args: shown.append(args), raising=True
     )
     session = make_session(*FAST, network=varied_network())
     evaluation, speed = measure(session, session.test_data.evaluation_plan())

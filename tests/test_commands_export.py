@@ -25,15 +25,15 @@ from story import (
 )
 
 import commands.train
-import config
-import runtime
-from commands.appearance import appearance_from, measure_appearance
+import utils
+from capsnet import config
+from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from commands.export import check_new, model_card, write_network
 from commands.pretrained import find_exported, load_pretrained, pretrained_metadata
 from commands.session import fingerprint
 from commands.train import make_trainer
-from errors import NoPretrainedWeights, PretrainedMismatch, UserError
-from input_pipeline import Data
+from inputs.appearance import appearance_from, measure_appearance
+from inputs.pipeline import Data
 from model import CapsNet
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
@@ -116,6 +116,8 @@ def test_an_exported_network_computes_the_same_in_a_new_process(
         card = (exported / "taken/along/README.md").read_text()
         for name in re.findall(r"`(\w+\.py)`", card):
             shutil.copy(ROOT / name, folder)
+        for name in re.findall(r"the folder `(\w+)`", card):
+            shutil.copytree(ROOT / name, folder / name)
     images = few.x_test[:7] / np.float32(255)
     np.save(tmp_path / "images.npy", images)
     script = (
@@ -261,7 +263,7 @@ def test_pretrained_weights_are_those_that_were_exported_as_float16(exported):
 
 
 def test_pretrained_weights_are_tested_by_the_same_commands(tmp_path, exported, few, monkeypatch):
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
     (tmp_path / "pretrained").mkdir()
     refusal = run(tmp_path, "--test", "--pretrained", *FAST)
     assert_refused(refusal, 1, "for mnist; available: none", "train first")

@@ -7,7 +7,7 @@ from story import FAST, compose_slowly, decode, make_session, varied_network
 
 import figures
 from commands.pictures import outputs_of, reconstruction_test, tweak_test
-from input_pipeline import evaluation_plan
+from inputs.pipeline import evaluation_plan
 
 pytest_plugins = ["story_fixtures"]
 

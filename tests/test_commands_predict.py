@@ -19,11 +19,10 @@ from story import (
     varied_network,
 )
 
-import datasets
 import figures
 import main
 import utils
-from commands.appearance import KEY, compose_pairs, measure_appearance
+from capsnet.errors import UserError
 from commands.predict import (
     caption,
     classify,
@@ -32,8 +31,9 @@ from commands.predict import (
     predict,
     read_images,
 )
-from errors import UserError
-from input_pipeline import Data
+from inputs import datasets
+from inputs.appearance import KEY, compose_pairs, measure_appearance
+from inputs.pipeline import Data
 
 pytest_plugins = ["story_fixtures"]
 

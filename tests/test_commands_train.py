@@ -32,11 +32,9 @@ from story import (
 )
 
 import commands.train
-import datasets
 import figures
 import main
 import model
-import runtime
 from commands.train import (
     announce,
     describe,
@@ -47,8 +45,10 @@ from commands.train import (
     run_metadata,
     summarize,
 )
-from input_pipeline import Data, split_validation
-from runtime import Display
+from inputs import datasets
+from inputs.pipeline import Data, split_validation
+from runtime import machine
+from runtime.terminal import Display
 from training.checkpoints import saved_steps
 from training.evaluation import Evaluation
 from training.trainer import Trainer
@@ -63,7 +63,7 @@ def test_training_describes_the_network_and_names_the_next_command(story):
     _, out, err = story.results["deformed"]
     assert err == "" and "Trained to step 15 in " in out and "checkpoint/mnist" in out
     head = [
-        " ".join(runtime.describe_device().split()),
+        " ".join(machine.describe_device().split()),
         "CapsNet output 1,383,984 parameters",
         "conv1 20 × 20 × 8 656",
         "primary capsules 72 × 8 10,384",
@@ -216,7 +216,7 @@ def test_the_memory_is_that_of_a_batch_on_one_device_and_all_copies_of_the_data(
     monkeypatch.setattr(
         model, "memory_needed", lambda sizes, *rest: asked.append(rest) or 12_340_000_000
     )
-    monkeypatch.setattr(runtime, "memory_size", lambda: 12_350_000_000)
+    monkeypatch.setattr(machine, "memory_size", lambda: 12_350_000_000)
     for words in ["--train_size=300"], ["--train_size=300", "--validation_check"]:
         lines = describe(make_session(*FAST, *words, "--batch_size=40"))
         assert lines[-1].endswith("training takes about 12.3 GB of memory")
@@ -229,7 +229,7 @@ def test_a_training_that_does_not_fit_is_announced_with_what_would(
     few, monkeypatch, gigabytes, words
 ):
     session = make_session(*FAST, "--batch_size=100000")
-    monkeypatch.setattr(runtime, "memory_size", lambda: int(1e9 * gigabytes))
+    monkeypatch.setattr(machine, "memory_size", lambda: int(1e9 * gigabytes))
     line = describe(session)[-1]
     assert f"more than the {gigabytes} GB of this machine" in line and words in line
     if match := re.search("--batch_size=([0-9]+) fits", line):
@@ -237,17 +237,17 @@ def test_a_training_that_does_not_fit_is_announced_with_what_would(
         assert "takes about 2.5 GB" in smaller[-1]
         next_size = describe(make_session(*FAST, f"--batch_size={int(match[1]) + 1}"))
         assert "more than" in next_size[-1]
-    monkeypatch.setattr(runtime, "has_gpu", lambda: True)  # which has memory of its own
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)  # which has memory of its own
     assert "more than" not in describe(session)[-1]
-    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
-    monkeypatch.setattr(runtime, "memory_size", lambda: None)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "memory_size", lambda: None)
     assert "more than" not in describe(session)[-1]
 
 
 def test_the_device_is_printed_before_the_network(few, capsys):
     announce(make_session(*FAST))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == runtime.describe_device() and lines[1].startswith("CapsNet")
+    assert lines[0] == machine.describe_device() and lines[1].startswith("CapsNet")
 
 
 EXPECTED_METADATA = {

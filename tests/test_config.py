@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-import config
+from capsnet import config
 
 
 def test_the_default_network_has_as_many_parameters_as_the_one_of_the_paper():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import datasets
 import utils
-from errors import UserError
-from readers.dataset import Dataset
+from capsnet.errors import UserError
+from inputs import datasets
+from inputs.readers.dataset import Dataset
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -19,10 +19,10 @@ from engine import SCALARS, blobs, events, folders_in, same, state, trainer_in
 from story import last_values
 
 import training.evaluation
-from config import TrainingConfig
-from datasets import load_dataset
-from errors import UserError
-from input_pipeline import Plan, batches
+from capsnet.config import TrainingConfig
+from capsnet.errors import UserError
+from inputs.datasets import load_dataset
+from inputs.pipeline import Plan, batches
 from model import CapsNet
 from training.checkpoints import saved_steps
 from training.distribution import (

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import config
-import datasets
-import errors
 import figures
 import ops
-from input_pipeline import Data, batches
+from capsnet import config, errors
+from inputs import datasets
+from inputs.pipeline import Data, batches
 
 ROOT = Path(__file__).parent.parent
 SLANT, THICKNESS, WIDTH, HEIGHT, POSITION = range(5)

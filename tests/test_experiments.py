@@ -17,13 +17,13 @@ import tensorflow as tf
 import trial
 from command_line import Flag
 
-import datasets
-import errors
 import figures
 import model
 import ops
-from config import TrainingConfig
-from input_pipeline import Data
+from capsnet import errors
+from capsnet.config import TrainingConfig
+from inputs import datasets
+from inputs.pipeline import Data
 from training.checkpoints import load_weights, saved_steps
 from training.interrupt import Interrupted
 from training.trainer import Trainer

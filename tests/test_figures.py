@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 import figures
 import utils
-from errors import UserError
+from capsnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 DIGITS = tuple("0123456789")

@@ -11,7 +11,7 @@ import pytest
 from engine import Crash, folders_in
 
 import training.folders
-from errors import FolderInUse, FolderTaken
+from capsnet.errors import FolderInUse, FolderTaken
 from training.folders import archive_run, claim, run_lock
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import datasets
-from errors import DataFileError, UserError
-from readers import idx
+from capsnet.errors import DataFileError, UserError
+from inputs import datasets
+from inputs.readers import idx
 
 DATA = Path(__file__).parent.parent / "data"
 

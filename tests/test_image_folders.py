@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import datasets
 import utils
-from errors import ImageSizesDiffer, UserError
-from readers import image_folders
+from capsnet.errors import ImageSizesDiffer, UserError
+from inputs import datasets
+from inputs.readers import image_folders
 
 
 def one_line(error):

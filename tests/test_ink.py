@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 from story import DATA, ROOT, first_images, load_all, run
 
-import datasets
-import ink
+from inputs import datasets, ink
 
 MNIST_LIKE = ink.InkStyle(light_ink=True, box=20, by_mass=True, offset=(0.5, 0.5), stroke=2.6)
 SHAPE = (28, 28, 1)

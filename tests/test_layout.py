@@ -15,13 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import modules of lower levels, never of its own or a higher one.
 LEVELS = [
-    {"errors", "config", "download"},
-    {"utils", "usage"},
-    {"readers", "xla_cache"},
-    {"datasets"},
-    {"runtime", "spectral", "ink", "figures", "input_pipeline"},
-    {"ops"},
-    {"model"},
+    {"capsnet", "download"},
+    {"utils"},
+    {"runtime", "ops"},
+    {"inputs", "figures", "model"},
     {"training"},
     {"commands"},
     {"main"},
@@ -29,15 +26,14 @@ LEVELS = [
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 # Besides, these import only what is listed here and their own files.
 ONLY = {
-    "training": {"errors", "config", "utils", "runtime", "input_pipeline"},
+    "training": {"capsnet", "utils", "runtime", "inputs"},
     "download": set(),
-    "readers": {"errors", "config", "utils"},
 }
 # Folders of scripts: they import each other and all modules except main and the tests, and nothing
 # imports them.
 SCRIPTS = {"experiments", "benchmarks"}
 # What may name a flag of the command line. (`download.py` is a command of its own.)
-COMMAND_LINES = {"main", "usage", "commands", "experiments", "benchmarks", "tests", "download"}
+COMMAND_LINES = {"main", "runtime", "commands", "experiments", "benchmarks", "tests", "download"}
 # Common parts of the standard library that Python 3.10 does not have yet.
 NEWER_THAN_3_10 = {
     "asyncio.TaskGroup",

@@ -31,11 +31,12 @@ import commands.pictures
 import commands.predict
 import commands.session
 import commands.train
-import datasets
-import errors
 import main
-import runtime
 import training.distribution
+import utils
+from capsnet import errors
+from inputs import datasets
+from runtime import machine, messages, startup
 from training.folders import claim, run_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
@@ -289,7 +290,7 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
             ["--train", "--precision=mixed_bfloat16"],
             "expected --precision=float32",
             marks=pytest.mark.skipif(
-                runtime.multiplies_bfloat16(), reason="this machine can do it"
+                machine.multiplies_bfloat16(), reason="this machine can do it"
             ),
         ),
     ],
@@ -409,25 +410,18 @@ def test_other_workers_than_the_chief_train_and_test_in_silence(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "words, quiet, keep_compiled",
-    [
-        (["--test"], "2", False),
-        (["--test", "--strategy=multi_worker"], "3", False),
-        (["--train", "--test"], "2", True),
-    ],
+    "words, quiet", [(["--test"], "2"), (["--test", "--strategy=multi_worker"], "3")]
 )
-def test_several_workers_say_less_and_trainings_keep_what_they_compile(
-    tmp_path, monkeypatch, words, quiet, keep_compiled
-):
+def test_several_workers_say_less(tmp_path, monkeypatch, words, quiet):
     stub_modes(monkeypatch)
     asked = []
 
-    def start_tensorflow(quiet, keep_compiled):
-        asked.append((quiet, keep_compiled))
+    def start_tensorflow(quiet):
+        asked.append(quiet)
         return tf
 
-    monkeypatch.setattr(runtime, "start_tensorflow", start_tensorflow)
-    assert run(tmp_path, *words).code == 0 and asked == [(quiet, keep_compiled)]
+    monkeypatch.setattr(startup, "start_tensorflow", start_tensorflow)
+    assert run(tmp_path, *words).code == 0 and asked == [quiet]
 
 
 @pytest.mark.parametrize(
@@ -633,7 +627,7 @@ def nothing(folder, patch):
 
 
 def none_included(folder, patch):
-    patch.setattr(runtime, "ROOT", folder)
+    patch.setattr(utils, "ROOT", folder)
 
 
 def mixed_sizes(folder, patch):
@@ -668,13 +662,13 @@ def test_advice_follows_each_error_that_a_flag_can_help_against(
     tmp_path, few, monkeypatch, kind, prepare, words
 ):
     described = []
-    describe = runtime.describe_error
+    describe = messages.describe_error
 
     def spy(error, *args):
         described.append(type(error))
         return describe(error, *args)
 
-    monkeypatch.setattr(runtime, "describe_error", spy)
+    monkeypatch.setattr(messages, "describe_error", spy)
     prepare(tmp_path, monkeypatch)
     assert_refused(run(tmp_path, *SMALL, *words), 1, "; " + main.ADVICE[kind] + "\n")
     assert described == [kind]

@@ -22,8 +22,8 @@ from oracles import (
 
 import model
 import ops
-from config import NetworkConfig
-from errors import ImageTooSmall
+from capsnet.config import NetworkConfig
+from capsnet.errors import ImageTooSmall
 from model import CapsNet, uncompiled
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"

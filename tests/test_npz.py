@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import datasets
-from errors import UserError
+from capsnet.errors import UserError
+from inputs import datasets
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import config
 import ops
+from capsnet import config
 from model import CapsNet
 
 torch = pytest.importorskip("torch")

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import errors
-import runtime
+import utils
+from capsnet import errors
+from runtime import machine, messages, startup, terminal
 from training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def test_the_allocator_and_the_log_level_are_set_before_tensorflow_is_imported()
 import os, sys
 import runtime
 calls = []
-runtime.keep_big_buffers = lambda: calls.append("tensorflow" in sys.modules)
+startup.tune_malloc = lambda: calls.append("tensorflow" in sys.modules)
 
 class Spy:
     def find_spec(self, name, path=None, target=None):
@@ -62,7 +63,7 @@ class Spy:
             print(len(calls), os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
 
 sys.meta_path.insert(0, Spy())
-tf = runtime.start_tensorflow(quiet="3")
+tf = startup.start_tensorflow(quiet="3")
 print(tf.__name__, calls, tf.get_logger().level)
 """
     out, err = output_of(code)
@@ -79,7 +80,7 @@ def test_keras_computes_with_tensorflow_whatever_the_user_has_set(tmp_path, vari
     (tmp_path / "keras.json").write_text(json.dumps(settings))
     code = """
 import runtime
-tf = runtime.start_tensorflow()
+tf = startup.start_tensorflow()
 import keras
 print(keras.backend.backend(), keras.config.floatx(), keras.config.image_data_format())
 print(tf.keras.layers.Dense is keras.layers.Dense)
@@ -90,7 +91,7 @@ print(tf.keras.layers.Dense is keras.layers.Dense)
 
 def test_gpus_take_memory_as_they_need_it(monkeypatch):
     asked = []
-    monkeypatch.setattr(runtime, "keep_big_buffers", lambda: None)
+    monkeypatch.setattr(startup, "tune_malloc", lambda: None)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind} 0", f"{kind} 1"])
 
     def set_memory_growth(*arguments):
@@ -98,46 +99,46 @@ def test_gpus_take_memory_as_they_need_it(monkeypatch):
         raise RuntimeError("devices are in use")  # by an earlier call
 
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", set_memory_growth)
-    runtime.start_tensorflow()
+    startup.start_tensorflow()
     assert asked == [("GPU 0", True), ("GPU 1", True)]
 
 
 def test_the_device_is_the_gpus_that_tensorflow_sees_or_else_the_processor(monkeypatch):
-    monkeypatch.setattr(runtime, "gpu_names", lambda: [])
-    monkeypatch.setattr(runtime, "processor", lambda: "a processor")
+    monkeypatch.setattr(machine, "gpu_names", lambda: [])
+    monkeypatch.setattr(machine, "processor", lambda: "a processor")
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     exists = Path.exists
     driver = Path("/proc/driver/nvidia/version")
     monkeypatch.setattr(Path, "exists", lambda path: path != driver and exists(path))
-    assert runtime.describe_device() == "Runs on a processor (4 cores)"
+    assert machine.describe_device() == "Runs on a processor (4 cores)"
     monkeypatch.setattr(Path, "exists", lambda path: path == driver or exists(path))
-    assert runtime.describe_device() == (
+    assert machine.describe_device() == (
         "Runs on a processor (4 cores); for the GPU of this machine: "
         "pip install 'tensorflow[and-cuda]'"
     )
-    monkeypatch.setattr(runtime, "gpu_names", lambda: ["one", "two"])
-    assert runtime.describe_device() == "Runs on one, two"
+    monkeypatch.setattr(machine, "gpu_names", lambda: ["one", "two"])
+    assert machine.describe_device() == "Runs on one, two"
 
 
 def test_the_memory_is_that_of_the_machine_or_the_limit_of_its_container(tmp_path, monkeypatch):
     kilobytes = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(runtime, "CONTAINER_LIMITS", (tmp_path / "missing", limit))
-    assert runtime.memory_size() == 1024 * kilobytes
+    monkeypatch.setattr(machine, "CONTAINER_LIMITS", (tmp_path / "missing", limit))
+    assert machine.memory_size() == 1024 * kilobytes
     for text, size in [("max\n", 1024 * kilobytes), ("123456\n", 123456)]:
         limit.write_text(text)
-        assert runtime.memory_size() == size
+        assert machine.memory_size() == size
     monkeypatch.setattr(os, "sysconf", lambda name: int("no such name"))
     limit.unlink()
-    assert runtime.memory_size() is None
+    assert machine.memory_size() is None
 
 
 @pytest.mark.parametrize("before, after", [(None, "2"), ("0", "0")])
 def test_a_log_level_in_the_environment_takes_precedence(monkeypatch, before, after):
     environment = {} if before is None else {"TF_CPP_MIN_LOG_LEVEL": before}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(runtime, "keep_big_buffers", lambda: None)
-    assert runtime.start_tensorflow() is tf  # which was imported before
+    monkeypatch.setattr(startup, "tune_malloc", lambda: None)
+    assert startup.start_tensorflow() is tf  # which was imported before
     assert environment["TF_CPP_MIN_LOG_LEVEL"] == after
 
 
@@ -147,7 +148,7 @@ def test_signals_that_arrive_in_a_matrix_product_do_not_damage_the_heap():
 import os, runtime, signal, time
 if hasattr(os, "sched_setaffinity"):  # on one core the main thread computes the product itself
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-tf = runtime.start_tensorflow()
+tf = startup.start_tensorflow()
 a, b = tf.ones((126, 25)), tf.ones((126, 2**18))
 product = tf.function(lambda: tf.matmul(a, b, transpose_a=True), jit_compile=True)
 product()
@@ -168,7 +169,7 @@ print(len(seen) > 10, float(tf.reduce_min(result)), float(tf.reduce_max(result))
 def test_signals_have_a_stack_large_enough_for_the_processors_registers():
     code = """
 import ctypes, runtime
-runtime.receive_signals_on_their_own_stack()
+startup.receive_signals_on_their_own_stack()
 
 class Stack(ctypes.Structure):  # stack_t, signal.h
     _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
@@ -185,7 +186,7 @@ print(stack.flags, stack.size > least, stack.start is not None)
 def test_a_fault_handler_that_is_on_is_left_alone(monkeypatch):
     monkeypatch.setattr(faulthandler, "is_enabled", lambda: True)
     monkeypatch.setattr(faulthandler, "enable", lambda file: pytest.fail("enabled again"))
-    runtime.receive_signals_on_their_own_stack()
+    startup.receive_signals_on_their_own_stack()
 
 
 class Libc:
@@ -210,7 +211,7 @@ class Libc:
 def calls_of_keep_big_buffers(monkeypatch, libc, name="glibc"):
     monkeypatch.setattr(platform, "libc_ver", lambda: (name, "2.36"))
     monkeypatch.setattr(ctypes, "CDLL", lambda library: libc)
-    runtime.keep_big_buffers.__wrapped__()
+    startup.tune_malloc.__wrapped__()
     return libc.calls
 
 
@@ -246,14 +247,14 @@ def test_the_allocator_is_set_once_however_often_it_is_asked_for(monkeypatch):
     libc = Libc()
     calls_of_keep_big_buffers(monkeypatch, libc)
     number = len(libc.calls)
-    runtime.keep_big_buffers.cache_clear()
-    runtime.keep_big_buffers()
-    runtime.keep_big_buffers()
+    startup.tune_malloc.cache_clear()
+    startup.tune_malloc()
+    startup.tune_malloc()
     assert len(libc.calls) == 2 * number
 
 
 def test_what_c_code_writes_to_stderr_is_silenced_and_only_while_asked_for(capfd):
-    with pytest.raises(ZeroDivisionError), runtime.silent_stderr():
+    with pytest.raises(ZeroDivisionError), startup.silent_stderr():
         os.write(2, b"noise of C code\n")
         raise ZeroDivisionError
     os.write(2, b"an error\n")
@@ -263,7 +264,7 @@ def test_what_c_code_writes_to_stderr_is_silenced_and_only_while_asked_for(capfd
 def test_silencing_leaves_no_file_open():
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     for _ in range(5):
-        with runtime.silent_stderr():
+        with startup.silent_stderr():
             pass
     after = os.listdir("/proc/self/fd") if before else []
     assert len(after) == len(before)
@@ -278,7 +279,7 @@ def test_the_wait_for_workers_ends_after_a_while_and_at_ctrl_c(monkeypatch, caps
     )
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timers.append("off"))
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError), runtime.waiting_for_workers():
+    with pytest.raises(ZeroDivisionError), startup.waiting_for_workers():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         ((seconds,), options), *others = timers
         assert seconds == 600 and options["exit"] is True and others == []
@@ -293,8 +294,8 @@ def test_gpus_convolve_directly_and_processors_by_spectra(monkeypatch, gpus, met
     monkeypatch.setattr(
         tf.config, "list_physical_devices", lambda kind: {"GPU": gpus, "CPU": ["CPU:0"]}[kind]
     )
-    assert runtime.has_gpu() is bool(gpus)
-    assert runtime.fastest_conv() == method
+    assert machine.has_gpu() is bool(gpus)
+    assert machine.fastest_conv() == method
 
 
 @pytest.mark.parametrize(
@@ -308,9 +309,9 @@ def test_gpus_convolve_directly_and_processors_by_spectra(monkeypatch, gpus, met
 def test_units_for_bfloat16_are_named_by_the_flags_of_the_processor(monkeypatch, flags, units):
     cpuinfo = f"model name\t: amx_bf16\nflags\t\t: {flags}\nbugs\t: none\n"
     monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
-    assert runtime.bfloat16_units() == units
+    assert machine.bfloat16_units() == units
     monkeypatch.setattr(Path, "read_text", lambda self: "Features\t: bf16\n")
-    assert runtime.bfloat16_units() == []
+    assert machine.bfloat16_units() == []
 
 
 def test_a_system_that_says_nothing_about_its_processor_has_no_units_for_bfloat16(monkeypatch):
@@ -318,7 +319,7 @@ def test_a_system_that_says_nothing_about_its_processor_has_no_units_for_bfloat1
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", absent)
-    assert runtime.bfloat16_units() == []
+    assert machine.bfloat16_units() == []
 
 
 # --- Provenance -----------------------------------------------------------------------------------
@@ -328,11 +329,11 @@ def test_the_machine_is_named_with_its_processor_cores_and_gpus(monkeypatch):
     cpuinfo = "processor\t: 0\nmodel name\t: Fast: 3000\nflags\t: avx2\nmodel name\t: Other\n"
     monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert runtime.machine() == "Fast: 3000 (3 cores), no GPU"
+    assert machine.describe_machine() == "Fast: 3000 (3 cores), no GPU"
     names = {"GPU:0": {"device_name": "A100"}, "GPU:1": {}}
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(names))
     monkeypatch.setattr(tf.config.experimental, "get_device_details", names.get)
-    assert runtime.machine() == "Fast: 3000 (3 cores), A100, GPU"
+    assert machine.describe_machine() == "Fast: 3000 (3 cores), A100, GPU"
 
 
 def test_a_processor_without_cpuinfo_has_the_name_that_python_knows(monkeypatch):
@@ -342,9 +343,9 @@ def test_a_processor_without_cpuinfo_has_the_name_that_python_knows(monkeypatch)
     monkeypatch.setattr(Path, "read_text", missing)
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    assert runtime.processor() == "riscv64"
+    assert machine.processor() == "riscv64"
     monkeypatch.setattr(platform, "processor", lambda: "i386")
-    assert runtime.processor() == "i386"
+    assert machine.processor() == "i386"
 
 
 def git(folder, *words):
@@ -358,7 +359,7 @@ def git(folder, *words):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A git repository with one commit, which has a tag, in place of the program's own."""
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
     git(tmp_path, "init")
     (tmp_path / "a").write_text("1")
     git(tmp_path, "add", "a")
@@ -369,7 +370,7 @@ def repository(tmp_path, monkeypatch):
 
 def test_the_commit_is_a_full_hash_and_marked_if_tracked_files_were_changed(repository):
     head = git(repository, "rev-parse", "HEAD")
-    commit = runtime.commit.__wrapped__
+    commit = machine.commit.__wrapped__
     assert re.fullmatch("[0-9a-f]{40}", head) and commit() == head
     (repository / "untracked").write_text("")
     assert commit() == head
@@ -379,27 +380,27 @@ def test_the_commit_is_a_full_hash_and_marked_if_tracked_files_were_changed(repo
 
 def test_the_commit_is_asked_for_once(repository):
     head = git(repository, "rev-parse", "HEAD")
-    runtime.commit.cache_clear()
+    machine.commit.cache_clear()
     try:
-        assert runtime.commit() == head
+        assert machine.commit() == head
         (repository / "a").write_text("2")
-        assert runtime.commit() == head
+        assert machine.commit() == head
     finally:
-        runtime.commit.cache_clear()
+        machine.commit.cache_clear()
 
 
 def test_without_a_repository_or_without_git_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert runtime.commit.__wrapped__() is None
+    assert machine.commit.__wrapped__() is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runtime.commit.__wrapped__() is None
+    assert machine.commit.__wrapped__() is None
 
 
 def test_the_provenance_has_machine_commit_date_and_versions(monkeypatch):
-    monkeypatch.setattr(runtime, "commit", lambda: "abc")
-    monkeypatch.setattr(runtime, "machine", lambda: "a machine")
-    found = runtime.provenance()
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
+    monkeypatch.setattr(machine, "describe_machine", lambda: "a machine")
+    found = machine.provenance()
     assert list(found) == ["machine", "commit", "date", "versions"]
     assert (found["machine"], found["commit"]) == ("a machine", "abc")
     date = datetime.datetime.fromisoformat(found["date"])
@@ -421,7 +422,7 @@ def test_the_provenance_has_machine_commit_date_and_versions(monkeypatch):
 def clock(monkeypatch):
     """Time that passes only when it is told to: clock.seconds."""
     clock = types.SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock.seconds)
     monkeypatch.setenv("COLUMNS", "120")
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
@@ -433,7 +434,7 @@ def at(step, last_step=30, epochs=3):
 
 
 def test_a_step_is_shown_with_its_epoch_speed_time_left_losses_and_accuracy(clock, capsys):
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         display.show_step(PROGRESS)
     assert capsys.readouterr().out == (
         "Epoch 2/3 step 11/30: 1235 images/s, 1:02:03 left, margin loss 0.1235, "
@@ -442,7 +443,7 @@ def test_a_step_is_shown_with_its_epoch_speed_time_left_losses_and_accuracy(cloc
 
 
 def test_losses_are_shown_by_whatever_name_they_have(clock, capsys):
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         display.show_step(PROGRESS._replace(losses={"cross_entropy": 2.0}))
     assert "1:02:03 left, cross entropy loss 2.00, accuracy" in capsys.readouterr().out
 
@@ -451,7 +452,7 @@ def test_off_a_terminal_there_is_a_line_for_the_first_step_each_epoch_and_every_
     clock, capsys
 ):
     shown = []
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         for step in range(1, 31):
             clock.seconds += 7
             display.show_step(at(step))
@@ -462,7 +463,7 @@ def test_off_a_terminal_there_is_a_line_for_the_first_step_each_epoch_and_every_
 
 
 def test_a_line_comes_only_after_more_than_30_seconds(clock, capsys):
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         display.show_step(at(1))
         clock.seconds += 30
         display.show_step(at(2))
@@ -473,7 +474,7 @@ def test_a_line_comes_only_after_more_than_30_seconds(clock, capsys):
 
 
 def test_a_short_count_prints_nothing_and_a_long_one_how_far_it_is(clock, capsys):
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         display.show_count("Testing", 1000, 10000)
         clock.seconds += 29
         display.show_count("Testing", 2000, 10000)
@@ -489,14 +490,14 @@ def test_a_short_count_prints_nothing_and_a_long_one_how_far_it_is(clock, capsys
 
 def test_a_step_whose_speed_is_not_known_yet_is_shown_without_it(clock, capsys):
     unknown = PROGRESS._replace(images_per_second=None, seconds_left=None)
-    runtime.Display().show_step(unknown)
+    terminal.Display().show_step(unknown)
     assert capsys.readouterr().out == (
         "Epoch 2/3 step 11/30: margin loss 0.1235, reconstruction loss 31.42, accuracy 98.77%\n"
     )
 
 
 def test_a_count_right_after_a_line_of_training_waits_its_30_seconds(clock, capsys):
-    display = runtime.Display()
+    display = terminal.Display()
     clock.seconds += 100
     display.show_step(at(10))
     clock.seconds += 20
@@ -506,7 +507,7 @@ def test_a_count_right_after_a_line_of_training_waits_its_30_seconds(clock, caps
 
 def test_a_report_is_printed_as_it_is_whatever_is_in_it(clock, capsys):
     text = "moved to [bold]runs/[1] " + "and a long name " * 20 + "12.5%"
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         display.report(text)
     assert capsys.readouterr().out == text + "\n"
 
@@ -514,7 +515,7 @@ def test_a_report_is_printed_as_it_is_whatever_is_in_it(clock, capsys):
 def on_terminal(monkeypatch, capsys, use):
     """What is on a terminal after use(display), with and without its escape sequences."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with runtime.Display() as display:
+    with terminal.Display() as display:
         use(display)
     shown = capsys.readouterr().out
     return shown, " ".join(re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", shown).split())
@@ -550,7 +551,7 @@ def test_the_numbers_in_a_report_are_not_coloured(clock, monkeypatch, capsys):
 
 def test_a_bar_is_removed_from_the_terminal_when_an_error_ends_the_work(clock, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with pytest.raises(ZeroDivisionError), runtime.Display() as display:
+    with pytest.raises(ZeroDivisionError), terminal.Display() as display:
         assert display.bar.live.is_started
         raise ZeroDivisionError
     assert not display.bar.live.is_started
@@ -573,7 +574,7 @@ def test_both_streams_print_any_text_in_any_encoding(encoding):
     code = """
 import sys
 import runtime
-runtime.escape_what_streams_lack()
+terminal.escape_unencodable_output()
 for stream in (sys.stdout, sys.stderr):
     print("9\\u732b\\udcff", file=stream)
 """
@@ -589,7 +590,7 @@ for stream in (sys.stdout, sys.stderr):
 
 
 def test_written_files_are_listed_in_one_line(capsys):
-    runtime.say_written([Path("samples") / "a.png", "b.csv"])
+    terminal.report_written([Path("samples") / "a.png", "b.csv"])
     assert capsys.readouterr().out == f"Wrote {Path('samples') / 'a.png'}, b.csv\n"
 
 
@@ -605,7 +606,7 @@ def test_written_files_are_listed_in_one_line(capsys):
     ],
 )
 def test_a_noun_agrees_with_its_number(count, text):
-    assert runtime.plural(count, "epoch") == text
+    assert terminal.plural(count, "epoch") == text
 
 
 def tensorflow_error(kind, message):
@@ -617,7 +618,7 @@ def test_the_reason_of_a_tensorflow_error_is_one_line_without_names_of_its_graph
         tf.errors.InvalidArgumentError,
         "{{function_node __wrapped__Add}} shapes\n  differ: {{node a/b}} [Op:AddV2] name: add",
     )
-    assert runtime.reason(error) == "shapes differ:"
+    assert messages.reason(error) == "shapes differ:"
 
 
 def test_the_reason_of_an_error_in_a_graph_is_its_message_alone():
@@ -628,7 +629,7 @@ def test_the_reason_of_an_error_in_a_graph_is_its_message_alone():
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
         divide(tf.constant(0))
     assert "Graph execution error" in str(caught.value) and __file__ in str(caught.value)
-    line = runtime.reason(caught.value)
+    line = messages.reason(caught.value)
     assert "the number is not positive" in line
     assert not re.search(r"Graph execution|Detected at|File |\[\[", line)
 
@@ -683,18 +684,18 @@ LOST = (
     ],
 )
 def test_an_error_becomes_one_line_with_what_to_do(error, advice, line):
-    assert runtime.describe_error(error, advice) == line
+    assert messages.describe_error(error, advice) == line
 
 
 @pytest.mark.parametrize("kind", ["Unavailable", "Aborted", "Cancelled", "DeadlineExceeded"])
 def test_among_several_workers_a_lost_connection_is_a_lost_worker(kind):
     error = tensorflow_error(getattr(tf.errors, f"{kind}Error"), "a socket")
-    assert runtime.describe_error(error, several_workers=True) == LOST
-    assert runtime.describe_error(error, several_workers=False) == "a socket" + SAVED
+    assert messages.describe_error(error, several_workers=True) == LOST
+    assert messages.describe_error(error, several_workers=False) == "a socket" + SAVED
 
 
 def test_among_several_workers_other_errors_are_described_as_always():
     error = tensorflow_error(tf.errors.InvalidArgumentError, "shapes differ")
-    assert runtime.describe_error(error, several_workers=True) == "shapes differ" + SAVED
+    assert messages.describe_error(error, several_workers=True) == "shapes differ" + SAVED
     error = errors.UserError("no good")
-    assert runtime.describe_error(error, "try that", several_workers=True) == "no good; try that"
+    assert messages.describe_error(error, "try that", several_workers=True) == "no good; try that"

@@ -21,13 +21,13 @@ from story import (
 
 import commands.session
 import commands.train
-import datasets
 import main
-import runtime
-from commands.appearance import KEY, PLAIN, Appearance, measure_appearance
+from capsnet.errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError, UserError
 from commands.session import Session
 from commands.train import make_trainer
-from errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError, UserError
+from inputs import datasets
+from inputs.appearance import KEY, PLAIN, Appearance, measure_appearance
+from runtime import machine
 
 pytest_plugins = ["story_fixtures"]
 
@@ -157,7 +157,7 @@ def test_the_seed_decides_the_first_weights(few):
 def test_convolution_and_compiler_suit_the_device_unless_flags_choose_them(
     few, monkeypatch, gpu, words, on_cpu, on_gpu
 ):
-    monkeypatch.setattr(runtime, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(machine, "has_gpu", lambda: gpu)
     conv, jit = on_gpu if gpu else on_cpu
     session = session_of("--n_conv=5", "--n_primary=1", *words)
     assert (session.network.settings["conv"], session.jit) == (conv, jit)
@@ -170,15 +170,15 @@ def test_convolution_and_compiler_suit_the_device_unless_flags_choose_them(
 
 def test_half_precision_needs_an_accelerator_or_a_processor_with_units_for_it(few, monkeypatch):
     word = "--precision=mixed_bfloat16"
-    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
-    monkeypatch.setattr(runtime, "bfloat16_units", lambda: [])
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "bfloat16_units", lambda: [])
     with pytest.raises(UsageError, match="AMX or AVX512-BF16.*expected --precision=float32"):
         session_of(*FAST, word)
     assert session_of(*FAST).network.dtype_policy.name == "float32"
-    monkeypatch.setattr(runtime, "bfloat16_units", lambda: ["AMX"])
+    monkeypatch.setattr(machine, "bfloat16_units", lambda: ["AMX"])
     assert session_of(*FAST, word).network.dtype_policy.name == "mixed_bfloat16"
-    monkeypatch.setattr(runtime, "bfloat16_units", lambda: [])
-    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "bfloat16_units", lambda: [])
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert session_of(*FAST, word).network.dtype_policy.name == "mixed_bfloat16"
 
 

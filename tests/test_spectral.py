@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from oracles import assert_close, convolved, normal, values_and_gradients
 
-import spectral
+from capsnet import spectral
 
 
 @pytest.fixture

@@ -30,10 +30,10 @@ from engine import (
     trainer_in,
 )
 
-import datasets
-from config import TrainingConfig
-from errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
-from input_pipeline import Data, batches
+from capsnet.config import TrainingConfig
+from capsnet.errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
+from inputs import datasets
+from inputs.pipeline import Data, batches
 from model import CapsNet
 from training.checkpoints import Checkpoints, load_weights, read_metadata, saved_steps
 from training.evaluation import Evaluation, Evaluator

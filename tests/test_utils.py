@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import utils
-from errors import UserError
+from capsnet.errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
-from runtime import reason
+from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
+from runtime.messages import reason
 from training.step import OPTIMIZER_NAME
 
 KEPT = 2  # checkpoints of a run

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline import batches
+from inputs.pipeline import batches
 
 BATCH_SIZE = 128
 

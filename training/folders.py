@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import FolderInUse, FolderTaken
+from capsnet.errors import FolderInUse, FolderTaken
 
 try:
     import fcntl

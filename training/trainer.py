@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from errors import NotFinite
-from input_pipeline import batches
+from capsnet.errors import NotFinite
+from inputs.pipeline import batches
 from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, saved_steps
 from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from errors import UserError
-from readers.dataset import Dataset
+from capsnet.errors import UserError
+from inputs.readers.dataset import Dataset
 from utils import NPZ_ERRORS, open_npz, printable, to_uint8
 
 _MAX_CLASSES = 1000  # more are probably a mistake in the labels

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from errors import DataFileError
+from capsnet.errors import DataFileError
 
 WIDTH = 96  # columns of the help
 COLUMN = 28  # where the descriptions of the flags begin

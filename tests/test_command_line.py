@@ -3,7 +3,7 @@ import re
 import pytest
 from absl import flags
 
-import usage
+from runtime import command_line
 
 NAMES = ["train", "test", "epoch", "learning_rate", "multi_MNIST", "multi_shift", "dataset"]
 
@@ -11,15 +11,15 @@ NAMES = ["train", "test", "epoch", "learning_rate", "multi_MNIST", "multi_shift"
 def test_a_description_is_wrapped_and_every_word_is_kept():
     text = "a text of --some_flags, " * 20
     for flag in ("--n=1", "--" + "x" * 24, "--" + "x" * 25):
-        head, *others = usage.help_lines(flag, text)
-        assert max(map(len, [head, *others])) <= usage.WIDTH
+        head, *others = command_line.help_lines(flag, text)
+        assert max(map(len, [head, *others])) <= command_line.WIDTH
         assert (
             head.startswith(f"  {flag}") and " ".join([head, *others]).split()[1:] == text.split()
         )
         for line in others:
-            assert re.match(rf" {{{usage.COLUMN}}}\S", line)
+            assert re.match(rf" {{{command_line.COLUMN}}}\S", line)
         # A flag that would touch its description has a line of its own.
-        assert (head == f"  {flag}") is (len(flag) + 4 > usage.COLUMN)
+        assert (head == f"  {flag}") is (len(flag) + 4 > command_line.COLUMN)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_description_is_wrapped_and_every_word_is_kept():
     ],
 )
 def test_expected_numbers_have_the_bounds_that_somebody_may_meet(kind, low, high, value, text):
-    assert usage.expected_number(kind, low, high, value) == text
+    assert command_line.expected_number(kind, low, high, value) == text
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_expected_numbers_have_the_bounds_that_somebody_may_meet(kind, low, high
     ],
 )
 def test_the_nearest_flag_is_the_one_that_was_meant(word, name):
-    assert usage.nearest(word, NAMES) == name
+    assert command_line.nearest(word, NAMES) == name
 
 
 def parse(*words):
     values = flags.FlagValues()
     serializer = flags.ArgumentSerializer()
     for name, kind in (("epoch", int), ("rate", float)):
-        parser = usage.NumberParser(kind)
+        parser = command_line.NumberParser(kind)
         flags.DEFINE(parser, name, kind(1), "", flag_values=values, serializer=serializer)
     flags.DEFINE_boolean("train", False, "", flag_values=values)
     flags.DEFINE_enum("conv", "dft", ["auto", "dft", "direct"], "", flag_values=values)
@@ -97,7 +97,9 @@ def parse(*words):
 def test_what_is_wrong_with_a_command_line_is_said_in_one_line(words, problem):
     with pytest.raises((flags.Error, ValueError)) as caught:
         parse(*words)
-    assert usage.describe_problem(caught.value, ["epoch", "rate", "train", "conv"]) == problem
+    assert (
+        command_line.describe_problem(caught.value, ["epoch", "rate", "train", "conv"]) == problem
+    )
 
 
 def test_numbers_are_parsed_and_written_as_absl_does():
@@ -107,5 +109,5 @@ def test_numbers_are_parsed_and_written_as_absl_does():
 
 
 def test_a_question_is_not_followed_by_more():
-    assert usage.see_help("did you mean --train?") == ""
-    assert usage.see_help(ValueError("wrong")) == "; see --help"
+    assert command_line.see_help("did you mean --train?") == ""
+    assert command_line.see_help(ValueError("wrong")) == "; see --help"

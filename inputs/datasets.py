@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
-from readers.idx import CLASS_NAMES, read_idx_files
-from readers.image_folders import read_folders
-from readers.npz import read_npz
+from capsnet.errors import UserError
+from inputs.readers.idx import CLASS_NAMES, read_idx_files
+from inputs.readers.image_folders import read_folders
+from inputs.readers.npz import read_npz
 from utils import edge_color, edge_pixels, evenly, fit_image, is_dark_on_light, printable
 
 FORMS = (

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import ImageSizesDiffer, UserError
-from readers.dataset import Dataset
+from capsnet.errors import ImageSizesDiffer, UserError
+from inputs.readers.dataset import Dataset
 from utils import fit_image, printable, random_stream, read_image
 
 _SPLITS = {

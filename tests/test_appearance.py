@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from story import compose_slowly
 
-import ink
-from commands.appearance import (
+from inputs import ink
+from inputs.appearance import (
     KEY,
     PLAIN,
     Appearance,
@@ -14,7 +14,7 @@ from commands.appearance import (
     ground_of,
     measure_appearance,
 )
-from input_pipeline import Data
+from inputs.pipeline import Data
 
 pytest_plugins = ["story_fixtures"]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import config
-import input_pipeline
 import ops
-from errors import UserError
-from input_pipeline import Data, Plan, batches, evaluation_plan, split_validation, training_plan
+from capsnet import config
+from capsnet.errors import UserError
+from inputs import pipeline
+from inputs.pipeline import Data, Plan, batches, evaluation_plan, split_validation, training_plan
 from utils import random_stream
 
 LABELS = np.random.default_rng(1).integers(0, 10, 3000).astype(np.int32)
@@ -378,7 +378,7 @@ def test_a_plan_names_its_arrays():
 
 def test_batches_follow_the_strategy_in_whose_scope_they_are_made(monkeypatch):
     strategy = Strategy(replicas=2, workers=1)
-    monkeypatch.setattr(input_pipeline.tf.distribute, "get_strategy", lambda: strategy)
+    monkeypatch.setattr(pipeline.tf.distribute, "get_strategy", lambda: strategy)
     data = numbered(4)
     (elements,) = batches(data, data.evaluation_plan(), 4)
     numbers = [digits[:, 0, 0, 0, 0].tolist() for digits, *_ in elements]

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import ink
 import ops
 import utils
-from datasets import common_ground
+from inputs import ink
+from inputs.datasets import common_ground
 
 KEY = "appearance"  # in the metadata of weights; a run resumes whatever it says
 

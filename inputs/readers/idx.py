@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-import config
-from errors import DataFileError
-from readers.dataset import Dataset
+from capsnet import config
+from capsnet.errors import DataFileError
+from inputs.readers.dataset import Dataset
 
 _FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 _KMNIST = "o,ki,su,tsu,na,ha,ma,ya,re,wo"

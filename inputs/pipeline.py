@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-import config
-from errors import UserError
+from capsnet import config
+from capsnet.errors import UserError
 from utils import random_stream
 
 

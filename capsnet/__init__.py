@@ -1,0 +1,1 @@
+"""What network and program share: defaults, errors, fast convolution, metadata of weights."""

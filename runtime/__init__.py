@@ -1,0 +1,1 @@
+"""Where the program runs: TensorFlow, the machine, the terminal, the command line."""
