@@ -14,7 +14,6 @@ Examples:
 """
 
 import contextlib
-import itertools
 import os
 import shlex
 import sys
@@ -23,10 +22,11 @@ from absl import flags
 
 from capsnet import config, errors
 from capsnet.errors import UsageError, UserError
-from inputs import datasets
-from runtime import command_line, messages, startup, terminal
+from capsnet.networks import NETWORKS
+from commands import checks
+from runtime import command_line, machine, messages, startup, terminal
 
-NETWORK, TRAINING = config.NetworkConfig(), config.TrainingConfig()
+TRAINING = config.TrainingConfig()
 _MULTI = ", ".join(f"--{name}={value}" for name, value in config.MULTI_MNIST.items())
 
 # Flags by purpose: name, default, bounds (or choices), help. The type is that of the default.
@@ -45,8 +45,10 @@ FLAGS = {
         ("pretrained", False, None,
          "use the weights that come with this program, without training"),
         ("initial_weights", "", None,
-         "start a new training with the weights in this folder: an export, pretrained/mnist, or "
-         "pretrained/multi_mnist"),
+         "start a new training run with the weights in this folder: an export, pretrained/mnist, "
+         "or pretrained/multi_mnist; with other classes, with those of its convolutions"),
+        ("freeze", "", None,
+         "parts of the network that training leaves as they are, such as conv1,primary"),
     ],
     "Data": [
         ("dataset", "mnist", None,
@@ -95,19 +97,16 @@ FLAGS = {
         ("restart", False, None, "with --train: archive the earlier run and start over"),
     ],
     "Network": [
-        ("n_conv", NETWORK.n_conv, (1, 4096), "filters of the first convolution"),
-        ("n_primary", NETWORK.n_primary, (1, 1024), "types of primary capsules"),
-        ("primary_dim", NETWORK.primary_dim, (1, 1024), "dimension of a primary capsule"),
-        ("digit_dim", NETWORK.digit_dim, (1, 1024), "dimension of a digit capsule"),
-        ("routing_iterations", NETWORK.routing_iterations, (1, 100),
-         "iterations of dynamic routing"),
-        ("kernel_size", NETWORK.kernel_size, (1, 99),
-         "side of the kernels of both convolutions, in pixels; images need at least twice as many "
-         "minus 1"),
-        ("variant", NETWORK.variant, config.VARIANTS,
-         "the paper's network, or that of the authors' public code, which has biases in routing "
-         "and weaker primary capsules"),
+        ("network", "capsnet", tuple(NETWORKS),
+         "what to train: the paper's network, or its convolutional baseline (table 1)"),
     ],
+    **{
+        f"Settings of --network={name}": [
+            (field.name, field.default, field.metadata["bounds"], field.metadata["help"])
+            for field in kind.settings()
+        ]
+        for name, kind in NETWORKS.items()
+    },
     "Pictures": [
         ("tweak_num", 5, (1, 100), "number of test digits to tweak"),
     ],
@@ -143,11 +142,11 @@ FLAGS = {
 # fmt: on
 ROWS = [row for rows in FLAGS.values() for row in rows]
 NAMES = [name for name, *_ in ROWS]
-LARGEST_SIDE = 1024  # pixels of --image_size
 EMPTY = {
     "predict": "PATTERN",
     "export": "DIR",
     "initial_weights": "DIR",
+    "freeze": "PARTS",
     "image_size": "HxW",
 }  # what --help shows for flags that are empty
 MODES = [name for name, *_ in next(iter(FLAGS.values()))]
@@ -218,10 +217,7 @@ def parse(argv):
     refuse_repeats(values)
     for name in PATHS:
         setattr(values, name, os.path.expanduser(getattr(values, name)))
-    check_values(values)
-    fill_in(values)
-    check_combinations(values)
-    check_weights(values)
+    checks.check(values, ROWS, WRITTEN)
     return values
 
 
@@ -255,107 +251,6 @@ def refuse_repeats(values):
             raise UsageError(
                 f"--{name} is given {values[name].present} times, expected once, with one value"
             )
-
-
-def check_values(values):
-    """Raise UsageError if a number is out of bounds or a name is empty."""
-    for name, default, bounds, _ in ROWS:
-        value = getattr(values, name)
-        number = type(default) in (int, float)
-        if number and not bounds[0] <= value <= bounds[1]:  # absl's own bounds let nan pass
-            expected = command_line.expected_number(type(default), *bounds, value)
-            raise UsageError(f"--{name}={value}: expected {expected}")
-        if isinstance(default, str) and not value and (default or values[name].present):
-            raise UsageError(f"--{name} is empty, expected a value")
-        if name in WRITTEN and not is_utf8(value):
-            raise UsageError(
-                f"--{name}={value} is not in UTF-8, expected a name that is: TensorFlow cannot "
-                "write to others"
-            )
-    dataset = values.dataset
-    files = dataset.endswith(".npz") or os.path.isdir(dataset)
-    if dataset not in datasets.CLASS_NAMES and not files and not weights_suffice(values):
-        raise UsageError(
-            f"--dataset={dataset} is unknown, or no such folder, expected {datasets.FORMS}"
-        )
-    refuse_bad_size(values)
-
-
-def refuse_bad_size(values):
-    """Raise UsageError if --image_size is given and is not a size."""
-    sides = command_line.parse_size(values.image_size)
-    given = values["image_size"].present
-    if given and not (sides and all(1 <= side <= LARGEST_SIDE for side in sides)):
-        raise UsageError(
-            f"--image_size={values.image_size}, expected height and width in pixels, 1 to "
-            f"{LARGEST_SIDE}, such as 32x48"
-        )
-
-
-def is_utf8(name):
-    """Tell whether the name of a file is in UTF-8. Python keeps other bytes as surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def weights_suffice(values):
-    """Tell whether no mode needs the data set, and there are weights under its name."""
-    if any(getattr(values, mode) for mode in config.MODES_WITH_DATA):
-        return False
-    name = datasets.dataset_name(values.dataset)
-    if values.multi_MNIST:
-        return os.path.isdir(os.path.join(values.multi_checkpoint_dir, f"multi_{name}"))
-    return os.path.isdir(os.path.join(values.checkpoint_dir, name))
-
-
-def fill_in(values):
-    """Give flags that are not given the values of the recipe, or of MultiMNIST's schedule."""
-    preset = config.RECIPES[values.recipe]
-    if values.multi_MNIST and values.recipe == "authors":
-        preset = preset | config.AUTHORS_MULTI_MNIST
-    elif values.multi_MNIST and values.recipe == "default":
-        preset = config.MULTI_MNIST
-    for name, value in preset.items():
-        if not values[name].present:
-            setattr(values, name, value)
-
-
-def check_combinations(values):
-    """Raise UsageError if flags contradict each other."""
-    if values.recipe == "long" and values.multi_MNIST:
-        raise UsageError("--recipe=long is for single digits, without --multi_MNIST")
-    if values["multi_shift"].present and not values.multi_MNIST:
-        raise UsageError("--multi_shift needs --multi_MNIST")
-    if values.restart and not values.train:
-        raise UsageError("--restart starts training over and needs --train")
-    if values.multi_test_pairs > 1 and not (values.multi_MNIST and values.test):
-        raise UsageError("--multi_test_pairs needs --multi_MNIST and --test")
-    checkpoints = "multi_checkpoint_dir" if values.multi_MNIST else "checkpoint_dir"
-    for one, other in itertools.combinations((checkpoints, "val_checkpoint_dir", "logdir"), 2):
-        if os.path.realpath(getattr(values, one)) == os.path.realpath(getattr(values, other)):
-            raise UsageError(f"--{one} and --{other} must differ")
-    if values.validation_check and 0 < values.train_size < 6:
-        raise UsageError("--validation_check holds out a sixth and needs --train_size of 6 or more")
-
-
-def check_weights(values):
-    """Raise UsageError if the flags about weights contradict others."""
-    if values.pretrained and (values.train or values.validation_check):
-        hint = ""
-        if values.train and values.dataset == "mnist":
-            folder = "pretrained/multi_mnist" if values.multi_MNIST else "pretrained/mnist"
-            hint = f"; to train them further: --initial_weights={folder}"
-        raise UsageError(
-            "--pretrained takes the weights that come with the program and cannot be combined "
-            "with --train or --validation_check" + hint
-        )
-    if values.initial_weights and not values.train:
-        raise UsageError("--initial_weights starts training from these weights and needs --train")
-    if values.initial_weights and values["initialization"].present:
-        raise UsageError("--initial_weights takes the place of --initialization; give one of them")
 
 
 def main(argv):
@@ -415,37 +310,54 @@ def run_modes(values, argv, modes):
 
 def dispatch(values, argv, modes):
     """Run each mode; workers that are not the chief print and draw nothing."""
-    from commands.evaluate import test
-    from commands.export import check_new, export
-    from commands.pictures import reconstruction_test, tweak_test
-    from commands.predict import matching_files, predict
-    from commands.pretrained import find_exported
-    from commands.session import Session
-    from commands.train import train
+    from commands import export, predict, train
+    from commands.data import load_data
+    from commands.devices import choose_devices
+    from commands.weights import find_exported
     from training.distribution import barrier
 
+    machine.commit()  # now: it may be another one after an hour of training
     if values.export:
-        check_new(values.export)  # before an hour of training
+        export.check_new(values.export)  # before an hour of training
     if values.predict:
-        matching_files(values.predict)
+        predict.matching_files(values.predict)
     if values.initial_weights:
         find_exported(values.initial_weights)
-    session = Session(values, argv)
+    devices = choose_devices(values)
     with contextlib.ExitStack() as stack:
-        if not session.chief:
+        if not devices.chief:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+        needs_data = any(mode in config.MODES_WITH_DATA for mode in modes)
+        data = load_data(values, print) if needs_data else None
         if values.train:
-            train(session, MODES[1:])
-            barrier(session.strategy)  # the chief has saved: all workers load the same weights
+            train.train(values, argv, devices, data, MODES[1:])
+            barrier(devices.strategy)  # the chief has saved: all workers load the same weights
         if modes != ["train"]:
-            session.load()
-        for mode in (test, reconstruction_test, tweak_test, export, predict):
-            if mode.__name__ in modes and (session.chief or mode is test):
-                mode(session)
-        barrier(session.strategy)  # a worker that ends must not leave the others alone
+            examine(values, argv, devices, data)
+        barrier(devices.strategy)  # a worker that ends must not leave the others alone
         if values.test:
             print(f"Next: tensorboard --logdir={shlex.quote(values.logdir)}")
+
+
+def examine(values, argv, devices, data):
+    """Load the weights, and run the modes that do something with them."""
+    from commands import evaluate, export, pictures, predict
+    from commands.weights import check_data, load
+
+    weights = load(values, devices)
+    if data:
+        check_data(weights, data)
+    functions = {
+        "test": lambda: evaluate.test(values, argv, devices, data, weights),
+        "reconstruction_test": lambda: pictures.reconstruction_test(values, data, weights),
+        "tweak_test": lambda: pictures.tweak_test(values, data, weights),
+        "export": lambda: export.export(values, weights),
+        "predict": lambda: predict.predict(values, weights),
+    }
+    for mode, function in functions.items():
+        if getattr(values, mode) and (devices.chief or mode == "test"):
+            function()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Defaults, presets and constants of the paper. Each is defined here and nowhere else."""
+"""Defaults of training, presets, constants of the paper, and names of classes."""
 
 from typing import NamedTuple
 
@@ -6,23 +6,17 @@ MAX_SHIFT = 2  # pixels, the largest shift of a training digit (section 5)
 MULTI_SHIFT = 4  # pixels, the largest shift of each digit of an overlapping pair (section 6)
 MULTI_PADDING = 4  # pixels around a digit of MultiMNIST: 28×28 becomes 36×36 (section 6)
 DIGITS = tuple("0123456789")
+_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+_KMNIST = "o,ki,su,tsu,na,ha,ma,ya,re,wo"
+# Names of the classes of each data set that `download.py` fetches.
+CLASS_NAMES = {
+    "mnist": DIGITS,
+    "fashion_mnist": tuple(_FASHION.split(",")),
+    "kmnist": tuple(_KMNIST.split(",")),
+}
 
 # Modes that need the images of the data set. For the others the weights say all that is needed.
 MODES_WITH_DATA = ("train", "test", "reconstruction_test", "tweak_test")
-VARIANTS = ("paper", "authors")  # the network of the paper, or of the authors' public code
-
-
-class NetworkConfig(NamedTuple):
-    """Sizes of a CapsNet (section 4)."""
-
-    n_conv: int = 256  # filters of the first convolution
-    n_primary: int = 32  # types of primary capsules
-    primary_dim: int = 8
-    digit_dim: int = 16
-    routing_iterations: int = 3  # in procedure 1
-    kernel_size: int = 9  # pixels, in both convolutions
-    decoder_units: tuple = (512, 1024)  # widths of the hidden layers
-    variant: str = "paper"  # one of VARIANTS
 
 
 class TrainingConfig(NamedTuple):
@@ -37,9 +31,11 @@ class TrainingConfig(NamedTuple):
     averaging: float = 0.99  # momentum of the running averages of the weights; 0: no averages
 
     def total_loss(self, terms):
-        """Return the weighted sum of a loss's terms, a dict of name to number or tensor."""
-        weights = {"reconstruction": self.reconstruction_weight}
-        return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+        """Return the weighted sum of a loss's terms, a dict of name to number or tensor.
+
+        The weight of a term is the field that is named NAME_weight, 1 without one.
+        """
+        return sum(getattr(self, f"{name}_weight", 1.0) * term for name, term in terms.items())
 
 
 EPOCHS = 10

@@ -11,12 +11,13 @@ import tensorflow as tf
 import figures
 import model
 import utils
-from capsnet import config
+from capsnet.config import TrainingConfig
+from capsnet.errors import UserError
+from capsnet.networks import NETWORKS
+from commands.data import fingerprint, run_folders, run_name
 from commands.pictures import outputs_of
-from commands.pretrained import find_exported, load_pretrained
-from commands.session import fingerprint
-from inputs import appearance
-from inputs.pipeline import split_validation
+from commands.weights import build_network, check_unseen, find_exported, start_with
+from inputs.appearance import KEY, measure_appearance
 from runtime import machine
 from runtime.terminal import Display, plural, report_written
 from training.events import read_scalars
@@ -25,20 +26,24 @@ from training.trainer import Trainer
 EXAMPLES = 20  # images in a picture of reconstructions
 
 
-def train(session, other_modes):
+def train(flags, argv, devices, data, other_modes):
     """Train, and print where the weights are and what to do next.
 
     Args:
-        session: Session.
+        flags: values of the flags.
+        argv: the command line.
+        devices: Devices.
+        data: CommandData.
         other_modes: names of the modes that do something with what was trained.
 
     Raises:
         UserError: see `Trainer.fit`.
     """
-    flags = session.flags
-    announce(session)
+    folders = run_folders(flags)
+    config = network_config(flags, data)
+    announce(flags, config, devices, data)
     with Display() as display:
-        trainer = make_trainer(session, display.report)
+        trainer = make_trainer(flags, config, devices, data, display.report)
         began = time.perf_counter()
         trained = trainer.fit(
             flags.epoch,
@@ -46,83 +51,99 @@ def train(session, other_modes):
             flags.restart,
             on_step=display.show_step,
             on_resume=lambda step: display.report(
-                f"Resuming from step {step} ({session.folders.checkpoint})."
+                f"Resuming from step {step} ({folders.checkpoint})."
             ),
-            texts={"flags": flag_table(flags), "command": shlex.join(session.argv)},
+            texts={"flags": flag_table(flags), "command": shlex.join(argv)},
         )
     if trained:
         print(
             f"Trained to step {trainer.state.step} in {time.perf_counter() - began:.0f} s; "
-            f"checkpoint in {session.folders.checkpoint}."
+            f"checkpoint in {folders.checkpoint}."
         )
     else:
         done = trainer.state.step // trainer.steps_per_epoch
         print(
-            f"This run is finished: {plural(done, 'epoch')} in {session.folders.checkpoint}. "
+            f"This run is finished: {plural(done, 'epoch')} in {folders.checkpoint}. "
             f"To train longer: --epoch={done + 10}; to start over: --restart."
         )
     curve = Path(flags.sample_dir) / "learning_curve.png"
-    if session.chief and (trained or not curve.exists()):
-        draw_learning_curves(session, curve, trainer.steps_per_epoch)
+    if devices.chief and (trained or not curve.exists()):
+        draw_learning_curves(folders.logs, curve, trainer.steps_per_epoch, run_name(flags))
     if trained and not any(getattr(flags, mode) for mode in other_modes):
         print(next_command(flags, ("train", *other_modes)))
 
 
-def announce(session):
+def network_config(flags, data):
+    """Return the config of the network that the flags and the data ask for.
+
+    Raises:
+        ImageTooSmall: two convolutions leave nothing of an image.
+        UserError: the network does not fit the images.
+    """
+    kind = NETWORKS[flags.network]
+    settings = {field.name: getattr(flags, field.name) for field in kind.settings()}
+    if "n_digits" in kind.__dataclass_fields__:
+        settings["n_digits"] = data.train.digits_per_example
+    try:
+        return kind(data.train.canvas_shape(), len(data.class_names), **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def announce(flags, config, devices, data):
     """Print what will be trained."""
-    flags = session.flags
     if flags.multi_MNIST and flags.data_deformation and flags["data_deformation"].present:
         print(
             "--data_deformation adds nothing to --multi_MNIST, which shifts every digit by up to "
             f"{flags.multi_shift} pixels."
         )
-    if session.chief:
-        print("\n".join([machine.describe_device(), *describe(session)]), flush=True)
+    if devices.chief:
+        lines = [machine.describe_device(), *describe(flags, config, devices, data)]
+        print("\n".join(lines), flush=True)
 
 
 def next_command(flags, modes):
     """Return the command that examines what was trained.
 
-    It has the flags of the training that say which network and which run. One machine is enough.
+    It has the flags of the training run that say which run. The weights say which network they are
+    for, and one machine is enough.
 
     Args:
         flags: values of the flags.
         modes: names of all modes.
     """
-    left_out = (*modes, "epoch", "restart", "strategy", "initial_weights")
+    of_networks = {field.name for kind in NETWORKS.values() for field in kind.settings()}
+    left_out = {*modes, *of_networks, "network", "initialization", "freeze"}
+    left_out |= {"epoch", "restart", "strategy", "initial_weights"}
     same = [
         flags[name].serialize() for name in flags if flags[name].present and name not in left_out
     ]
-    return "Next: python main.py --test --reconstruction_test --tweak_test " + shlex.join(same)
+    of_capsules = " --reconstruction_test --tweak_test" if flags.network == "capsnet" else ""
+    return f"Next: python main.py --test{of_capsules} " + shlex.join(same)
 
 
-def describe(session):
+def describe(flags, config, devices, data):
     """Describe what will be trained, before it takes memory and time.
 
     Returns:
         Lines: the layers with their outputs and parameters, the data, the memory, and a warning if
         this machine has less.
-
-    Raises:
-        ImageTooSmall: two convolutions leave nothing of an image.
     """
-    data, flags = session.train_data, session.flags
-    splits = flags.validation_check and session.validation_data is None
-    held_out = len(data.labels) // 6 if splits else 0
-    images = len(data.labels) - held_out
-    sizes = model.layer_sizes(data.canvas_shape(), len(data.class_names), session.network_config)
-    data_bytes = data.images.nbytes
-    if flags.validation_check:
-        held_out_data = data if splits else session.validation_data
-        data_bytes += held_out_data.images.nbytes
-    replicas = session.strategy.num_replicas_in_sync
-    memory = model.memory_needed(sizes, flags.batch_size / replicas, data_bytes)
+    images, sizes = len(data.train.labels), config.sizes()
+    data_bytes = data.train.images.nbytes
+    if data.held_out:  # all training images once more, in two parts
+        data_bytes += data.train.images.nbytes + 2 * data.validation.images.nbytes
+    elif data.validation:
+        data_bytes += data.validation.images.nbytes
+    replicas = devices.strategy.num_replicas_in_sync
+    memory = config.memory(flags.batch_size / replicas, data_bytes)
     total = sum(count for *_, count in sizes)
-    lines = [f"CapsNet                   output  {total:>12,} parameters"]
+    title = {"capsnet": "CapsNet", "cnn": "CNN"}[config.network]
+    lines = [f"{title:<26}output  {total:>12,} parameters"]
     for name, output, count in sizes:
         lines.append(f"  {name:<18}{' × '.join(map(str, output)):<16}{count:>10,}")
-    shape = "×".join(map(str, data.canvas_shape()))
-    pairs = " in pairs" if data.overlap else ""
+    shape = "×".join(map(str, data.train.canvas_shape()))
+    pairs = " in pairs" if data.train.overlap else ""
     lines.append(
         f"{images:,} training images{pairs} of {shape}, {len(data.class_names)} classes; batches "
         f"of {flags.batch_size}, {plural(math.ceil(images / flags.batch_size), 'step')} an epoch; "
@@ -130,71 +151,68 @@ def describe(session):
     )
     available = machine.memory_size()
     if available and memory > available and not machine.has_gpu():
-        fits = replicas * model.batch_that_fits(sizes, available, data_bytes)
+        fits = replicas * config.batch_that_fits(available, data_bytes)
         advice = f"at most --batch_size={fits} fits" if fits else "try a smaller network"
         lines.append(f"That is more than the {available / 1e9:.1f} GB of this machine: {advice}.")
     return lines
 
 
-def make_trainer(session, report):
-    """Make the Trainer of a session.
+def make_trainer(flags, config, devices, data, report):
+    """Make the Trainer of a command.
 
     Args:
-        session: Session.
+        flags: values of the flags.
+        config: config of the network.
+        devices: Devices.
+        data: CommandData.
         report: takes a line of text for the user.
 
     Raises:
         UserError: the initial weights are missing or damaged, or those of another network.
     """
-    flags, data, validation = session.flags, session.train_data, None
-    if flags.validation_check and session.validation_data is not None:
-        validation = session.validation_data
-    elif flags.validation_check:
-        trained, held_out = split_validation(len(data.labels), flags.seed)
-        data, validation = data.subset(trained), data.subset(held_out)
+    network = build_network(config, flags.seed, devices, flags.initialization, frozen(flags))
     if flags.initial_weights:
-        load_initial_weights(session, report)
-    names = config.TrainingConfig._fields
-    looks = appearance.measure_appearance(
-        data, session.dataset.inverted, session.dataset.subtracted
-    )
+        start_with_weights(flags, network, data, report)
+    names = TrainingConfig._fields
+    appearance = measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
     return Trainer(
-        session.network,
-        data,
-        config.TrainingConfig(**{name: getattr(flags, name) for name in names}),
-        session.folders,
-        run_metadata(session),
-        validation=validation,
-        jit=session.jit,
-        strategy=session.strategy,
+        network,
+        data.train,
+        TrainingConfig(**{name: getattr(flags, name) for name in names}),
+        run_folders(flags),
+        run_metadata(flags, network, data),
+        validation=data.validation,
+        jit=devices.jit,
+        strategy=devices.strategy,
         report=report,
-        draw=lambda: draw_examples(session.network, validation or data),
-        summarize=lambda evaluation: summarize(evaluation, data),
-        description={appearance.KEY: looks.to_metadata()},
+        draw=lambda: draw_examples(network, data.validation or data.train),
+        summarize=lambda evaluation: summarize(evaluation, data.train),
+        description={KEY: appearance.to_metadata()},
     )
 
 
-def load_initial_weights(session, report):
-    """Give the network of a session the weights that a new run starts with.
+def frozen(flags):
+    """Return the names of the parts of the network that training leaves as they are."""
+    return flags.freeze.split(",") if flags.freeze else []
 
-    Args:
-        session: Session.
-        report: takes a line of text for the user.
+
+def start_with_weights(flags, network, data, report):
+    """Give a network the weights that a new run starts with.
 
     Raises:
         UserError: they are missing or damaged, those of another network, or saw the test images.
     """
-    flags, folder = session.flags, find_exported(session.flags.initial_weights)
-    earlier = load_pretrained(session.network, folder)["training"]
-    session.check_unseen(folder, earlier)
-    report(f"The initial weights are those in {folder}.")
-    if not session.has_images_of(earlier):
+    folder = find_exported(flags.initial_weights)
+    metadata, kept = start_with(network, data.class_names, folder)
+    earlier = metadata["training"]
+    check_unseen(folder, earlier, data)
+    report(f"The initial weights are those in {folder}: {kept}.")
+    if not data.trained(earlier):
         return
     # What decides which images are held out, and the order, shifts and pairs of each epoch.
-    now = flags.seed, session.train_size, flags.validation_check
+    now = flags.seed, data.train_size, flags.validation_check
     same = now == tuple(earlier.get(name) for name in ("seed", "train_size", "validation_check"))
-    splits = flags.validation_check and session.validation_data is None
-    if splits and not (same and "initial_weights" not in earlier):
+    if data.held_out and not (same and not earlier["initial_weights"]):
         report("Images that are held out now may have trained them: validation may look too good.")
     if same:
         report(
@@ -203,42 +221,33 @@ def load_initial_weights(session, report):
         )
 
 
-def run_metadata(session):
+def run_metadata(flags, network, data):
     """Return what a resumed run must share with its beginning, besides the TrainingConfig."""
-    flags = session.flags
-    metadata = {
-        "dataset": session.dataset.name,
-        "train_size": session.train_size,
+    ground, validation = data.train.ground, data.validation
+    own_validation = validation is not None and not data.held_out
+    return {
+        "dataset": data.dataset.name,
+        "train_size": data.train_size,
         "validation_check": flags.validation_check,
         "multi_MNIST": flags.multi_MNIST,
-        "data_deformation": flags.data_deformation,
-        "initialization": flags.initialization,
+        # Overlapping digits are shifted in any case.
+        "data_deformation": flags.data_deformation and not flags.multi_MNIST,
+        "multi_shift": flags.multi_shift if flags.multi_MNIST else None,
+        "initialization": None if flags.initial_weights else flags.initialization,
+        "initial_weights": fingerprint(*network.get_weights()) if flags.initial_weights else None,
+        "freeze": frozen(flags),
         "precision": flags.precision,
-        "data": session.digest(session.train_size),
-        "class_names": list(session.dataset.class_names),
+        "data": data.digest(data.train_size),
+        "class_names": list(data.class_names),
+        "image_size": flags.image_size or None,
+        "inverted": data.dataset.inverted,
+        "held_out_seed": data.dataset.held_out_seed,
+        # Shifts fill in with it.
+        "ground": ground.tolist() if ground is not None and ground.any() else None,
+        "validation_data": (
+            fingerprint(validation.images, validation.labels) if own_validation else None
+        ),
     }
-    if flags.multi_MNIST:  # whose digits are shifted in any case
-        del metadata["data_deformation"]
-    if flags.multi_MNIST and flags.multi_shift != config.MULTI_SHIFT:  # older runs do not name it
-        metadata["multi_shift"] = flags.multi_shift
-    # These too are named only where they matter, so that older runs resume.
-    if flags.initial_weights:  # which the network has by now
-        del metadata["initialization"]
-        metadata["initial_weights"] = fingerprint(*session.network.get_weights())
-    if flags.image_size:
-        metadata["image_size"] = flags.image_size
-    if session.dataset.inverted:
-        metadata["inverted"] = True
-    if session.dataset.held_out_seed is not None:
-        metadata["held_out_seed"] = session.dataset.held_out_seed
-    ground = session.train_data.ground
-    if ground is not None and ground.any():  # shifts fill in with it
-        metadata["ground"] = ground.tolist()
-    if flags.validation_check and session.validation_data is not None:
-        metadata["validation_data"] = fingerprint(
-            session.validation_data.images, session.validation_data.labels
-        )
-    return metadata
 
 
 def draw_examples(network, data):
@@ -279,13 +288,12 @@ def summarize(evaluation, data, path=None):
         tf.summary.histogram(f"where absent, length of capsule/{name}", lengths[~present])
 
 
-def draw_learning_curves(session, path, steps_per_epoch):
-    """Draw losses and errors of training and validation from the events of a session's run."""
-    logs = session.folders.logs
+def draw_learning_curves(logs, path, steps_per_epoch, name):
+    """Draw losses and errors of training and validation from the events of a run."""
     curves = {name: read_scalars(logs / name)[0] for name in ("train", "validation")}
     curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
     if curves:
-        figures.save_learning_curves(path, curves, steps_per_epoch, session.name)
+        figures.save_learning_curves(path, curves, steps_per_epoch, name)
         report_written([path])
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from capsnet.config import CLASS_NAMES
 from capsnet.errors import UserError
-from inputs.readers.idx import CLASS_NAMES, read_idx_files
+from inputs.readers.idx import read_idx_files
 from inputs.readers.image_folders import read_folders
 from inputs.readers.npz import read_npz
 from utils import edge_color, edge_pixels, evenly, fit_image, is_dark_on_light, printable

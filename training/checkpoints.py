@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
+from capsnet.metadata import complete, differences
 from runtime.messages import reason
 from training.step import OPTIMIZER_NAME
 
@@ -227,7 +228,7 @@ def read_metadata(folder, step):
     """
     with open_checkpoint(folder, step) as (reader, _):
         (key,) = check_shapes(reader, {METADATA: tf.TensorSpec(())}, folder, step)
-        return json.loads(reader.get_tensor(key))
+        return complete(json.loads(reader.get_tensor(key)))
 
 
 def check_shapes(reader, variables, folder, step):
@@ -315,16 +316,6 @@ def newest_intact(folder, read, report):
     return None, None
 
 
-def differences(old, new):
-    """Name the entries in which two dicts differ, with both values; "" if there are none."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return ", ".join(
-        f"{name} is {old.get(name)} there and {new.get(name)} here"
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name)
-    )
-
-
 def newest_metadata(folder):
     """Return the metadata of the newest checkpoint of a folder of which they can be read.
 
@@ -362,7 +353,7 @@ def load_weights(network, folder, report):
 
     def read(step):
         metadata = read_metadata(folder, step)
-        different = differences(metadata["shape"], network.architecture)
+        different = differences(metadata["shape"], network.config.describe())
         if different:
             raise NetworkMismatch(f"{folder}/ckpt-{step}", different)
         restore({"weights": by_path(network.variables)}, folder, step)

@@ -29,7 +29,7 @@ class Evaluator:
     """Evaluates a network on any data of one shape, compiled once.
 
     Args:
-        network: see `training.trainer`.
+        network: `training.network.Network`.
         jit: whether XLA compiles it.
         strategy: tf.distribute.Strategy in whose scope the network was created, or None.
     """
@@ -40,8 +40,10 @@ class Evaluator:
         def compile_part(function):
             return tf.function(function, jit_compile=jit, autograph=False)
 
-        def select(batch, spectra):
-            outputs = network.outputs(batch, spectra, compile_part)
+        inference = network.inference(compile_part)
+
+        def select(batch, prepared):
+            outputs = inference.outputs(batch, prepared)
             return {
                 "scores": outputs.scores,
                 "predictions": outputs.predictions,
@@ -50,13 +52,14 @@ class Evaluator:
             }
 
         @tf.function(autograph=False)
-        def forward(batch, spectra):
-            outputs = self.strategy.run(select, (batch, spectra))
+        def forward(batch, prepared):
+            outputs = self.strategy.run(select, (batch, prepared))
             return tf.nest.map_structure(lambda value: self.strategy.gather(value, 0), outputs)
 
-        spectra = compile_part(network.spectra)
         # A lambda in `run`, which would make one program of all replicas of a tf.function.
-        self._spectra = tf.function(lambda: self.strategy.run(lambda: spectra()), autograph=False)
+        self._prepare = tf.function(
+            lambda: self.strategy.run(lambda: inference.prepare()), autograph=False
+        )
         self._forward = forward
 
     def evaluate(self, data, plan, on_batch=None):
@@ -70,10 +73,10 @@ class Evaluator:
         Returns:
             Evaluation.
         """
-        n, spectra = len(plan.index), self._spectra()
+        n, prepared = len(plan.index), self._prepare()
         size, parts = min(BATCH_SIZE, n), []
         for batch in batches(data, plan, size, strategy=self.strategy):
-            outputs = self._forward(batch, spectra)
+            outputs = self._forward(batch, prepared)
             parts.append(tf.nest.map_structure(lambda value: value.numpy()[:size], outputs))
             if on_batch:
                 on_batch(min(len(parts) * size, n))

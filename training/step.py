@@ -47,7 +47,7 @@ def compile_step(network, optimizer, config, strategy, jit):
     The weights of a batch make its losses means over the whole batch, wherever its parts are.
 
     Args:
-        network: see `training.trainer`.
+        network: `training.network.Network`.
         optimizer: optimizer from `make_optimizer`.
         config: TrainingConfig.
         strategy: tf.distribute.Strategy in whose scope both were created.
@@ -61,8 +61,8 @@ def compile_step(network, optimizer, config, strategy, jit):
     def gradients(batch):
         weight = batch[-1]
         with tf.GradientTape() as tape:
-            step = tf.cast(optimizer.iterations, tf.int32)
-            outputs = network.outputs(batch, step=step)
+            seed = tf.stack([config.seed, tf.cast(optimizer.iterations, tf.int32)])
+            outputs = network.outputs(batch, seed)
             terms = {
                 name: tf.reduce_sum(weight * tf.cast(term, tf.float32))
                 for name, term in network.loss_terms(outputs).items()
@@ -70,7 +70,7 @@ def compile_step(network, optimizer, config, strategy, jit):
             loss = config.total_loss(terms)
         correct = tf.reduce_sum(weight * tf.cast(outputs.correct, tf.float32))
         values = [v.value for v in variables]
-        metrics = [terms[name] for name in network.loss_names]
+        metrics = [terms[name] for name in network.config.loss_terms]
         return tape.gradient(loss, values), tf.stack([*metrics, correct])
 
     def step(batch):

@@ -13,13 +13,6 @@ from capsnet import config
 from capsnet.errors import DataFileError
 from inputs.readers.dataset import Dataset
 
-_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-_KMNIST = "o,ki,su,tsu,na,ha,ma,ya,re,wo"
-CLASS_NAMES = {
-    "mnist": config.DIGITS,
-    "fashion_mnist": tuple(_FASHION.split(",")),
-    "kmnist": tuple(_KMNIST.split(",")),
-}
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images
 _MAX_EXPANSION = 1032  # limit of deflate: at best two bits for a run of 258 bytes
 
@@ -101,7 +94,7 @@ def _idx_path(folder, name):
 
 def _read_idx_pair(folder, split, dataset):
     """Read images (N, H, W, 1) uint8 and labels (N,) int32 of one split; they must match."""
-    classes = len(CLASS_NAMES[dataset])
+    classes = len(config.CLASS_NAMES[dataset])
     images = read_idx(_idx_path(folder, f"{split}-images-idx3-ubyte"), dataset)
     labels = read_idx(_idx_path(folder, f"{split}-labels-idx1-ubyte"), dataset)
     if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() >= classes:
@@ -120,4 +113,4 @@ def read_idx_files(name, folder):
     if x_train.shape[1:] != x_test.shape[1:]:
         sizes = f"{x_train.shape[1:]} in training, {x_test.shape[1:]} in test"
         raise DataFileError(folder, f"images are {sizes}, expected one size", name)
-    return Dataset(name, x_train, y_train, x_test, y_test, CLASS_NAMES[name])
+    return Dataset(name, x_train, y_train, x_test, y_test, config.CLASS_NAMES[name])

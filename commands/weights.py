@@ -1,0 +1,331 @@
+"""Weights of a command: they say which network they are for, so no flag of it is needed."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+
+import model
+import utils
+from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from capsnet.metadata import complete, differences
+from capsnet.networks import NETWORKS, config_from
+from commands.data import run_folders, run_name
+from training.checkpoints import METADATA, load_weights, newest_metadata
+from training.folders import claim
+
+FILE = "weights.npz"
+# Modes that write to the run's log folder, or read its events.
+MODES_WITH_LOGS = ("test", "reconstruction_test", "tweak_test", "export")
+
+
+class Weights(NamedTuple):
+    """A network with the weights that a command examines."""
+
+    network: keras.Model
+    metadata: dict  # see `capsnet.metadata`
+    folder: Path
+
+    @property
+    def training(self):
+        """Return the settings of the training run."""
+        return self.metadata["training"]
+
+
+def weights_folder(flags):
+    """Return the folder of the weights to examine."""
+    if flags.pretrained:
+        return utils.ROOT / "pretrained" / run_name(flags)
+    folders = run_folders(flags)
+    return folders.best if flags.validation_check else folders.checkpoint
+
+
+def load(flags, devices):
+    """Build the network that the weights of a command are for, load them, and print whose they are.
+
+    Args:
+        flags: values of the flags.
+        devices: Devices.
+
+    Returns:
+        Weights.
+
+    Raises:
+        UserError: there are none, they are damaged, or a flag contradicts them.
+    """
+    folder = weights_folder(flags)
+    metadata = exported_metadata(folder) if flags.pretrained else newest_metadata(folder)
+    config = config_of(metadata, folder)
+    refuse_contradictions(flags, config, folder)
+    network = build_network(config, flags.seed, devices, freeze=metadata["training"]["freeze"])
+    if flags.pretrained:
+        load_exported(network, folder)
+    else:
+        metadata = load_weights(network, folder, print)
+        if devices.chief and any(getattr(flags, mode) for mode in MODES_WITH_LOGS):
+            folders = run_folders(flags)
+            claim(folders.logs, folders.checkpoint)  # its files are of one run
+    averaged = ", averaged over the last steps" if metadata["training"].get("averaging") else ""
+    print(f"Weights of step {metadata['step']} from {folder}{averaged}")
+    return Weights(network, metadata, folder)
+
+
+def build_network(config, seed, devices, initialization=None, freeze=()):
+    """Build a network; its first weights depend on the seed alone.
+
+    Args:
+        config: one of `capsnet.networks`.
+        seed: of the first weights.
+        devices: Devices.
+        initialization: see `capsnet.base.Network`; None if other weights follow.
+        freeze: names of the parts that training leaves as they are.
+    """
+    options = {"conv": devices.conv, "dtype": devices.precision}
+    if initialization:
+        options["initialization"] = initialization
+    keras.utils.set_random_seed(seed)
+    with devices.strategy.scope():
+        network = model.build(config, **options)
+    for name in freeze:
+        network.parts()[name].trainable = False
+    return network
+
+
+def config_of(metadata, folder):
+    """Return the config of the network that weights are for.
+
+    Raises:
+        UserError: this version has no such network.
+    """
+    try:
+        return config_from(metadata["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds a network that this version does not know ({error}), expected one of "
+            f"{', '.join(NETWORKS)}"
+        ) from None
+
+
+def refuse_contradictions(flags, config, folder):
+    """Raise UserError if a flag of the network is given and the weights are of another network."""
+    if flags["network"].present and flags.network != config.network:
+        raise UserError(
+            f"--network={flags.network} is given, and the weights in {folder} are of network="
+            f"{config.network}; leave the flag out, or take other weights"
+        )
+    own = {field.name for field in config.settings()}
+    for name in sorted({field.name for kind in NETWORKS.values() for field in kind.settings()}):
+        if not flags[name].present:
+            continue
+        here, there = getattr(flags, name), getattr(config, name, None)
+        if name not in own or here != there:
+            have = f"have {name}={there}" if name in own else f"are of network={config.network}"
+            raise UserError(
+                f"--{name}={here} is given, and the weights in {folder} {have}; leave the flag "
+                "out, or take other weights"
+            )
+
+
+def check_data(weights, data):
+    """Compare the data set of a command with that of its weights, and print if it is another one.
+
+    Args:
+        weights: Weights.
+        data: CommandData.
+
+    Raises:
+        UserError: the classes are others, the images are of another size, some test images were
+            trained on, or the images were not inverted in training.
+    """
+    folder, training, dataset = weights.folder, weights.training, data.dataset
+    trained_names, names = training["class_names"], list(dataset.class_names)
+    if trained_names not in (None, names):
+        raise UserError(
+            f"{folder} was trained on other classes: {trained_names} there and "
+            f"{names} here; give the --dataset that it was trained on, or train again if only "
+            "their order differs"
+        )
+    config, shape = weights.network.config, data.test.canvas_shape()
+    here = {"image_shape": shape, "n_classes": len(names)}
+    there = {name: getattr(config, name) for name in here}
+    if different := differences(there, here):
+        raise UserError(
+            f"{folder} was trained on other images: {different}; give the --dataset and the "
+            "--image_size that it was trained with"
+        )
+    if dataset.inverted and not training["inverted"]:
+        raise UserError(
+            f"{folder} was trained on dark ink on a light ground, and this "
+            "version inverts these images; train again"
+        )
+    check_unseen(folder, training, data)
+    if not data.trained(training):
+        print("These weights were trained on images that differ from those of --dataset.")
+
+
+def check_unseen(folder, training, data):
+    """Check that weights were not trained on test images that the seed draws in this command.
+
+    Which images it draws depends on the files as well.
+
+    Args:
+        folder: folder of the weights.
+        training: settings of their training run.
+        data: CommandData.
+
+    Raises:
+        UserError: they were.
+    """
+    name, seed = data.dataset.name, data.dataset.held_out_seed
+    earlier = training["held_out_seed"]
+    if seed is None or earlier is None or training.get("dataset") != name:
+        return
+    if earlier != seed:
+        raise UserError(
+            f"{folder}: some test images that seed {seed} draws were trained on; "
+            f"give --seed={earlier}"
+        )
+    if not data.trained(training):
+        raise UserError(
+            f"{folder}: the images of {name} have changed since the training, so other test "
+            "images are drawn, and some were trained on; restore them, or train again"
+        )
+
+
+# --- Exported weights -----------------------------------------------------------------------------
+
+
+def exported_metadata(folder):
+    """Return the metadata of the weights that `write_network` wrote to a folder.
+
+    Raises:
+        NoPretrainedWeights: there are none.
+        UserError: they are damaged.
+    """
+    with _open_weights(folder) as file:
+        return complete(json.loads(str(file[METADATA])))
+
+
+def load_exported(network, folder):
+    """Give a network the weights that `write_network` wrote to a folder.
+
+    Raises:
+        NoPretrainedWeights: there are none.
+        PretrainedMismatch: they belong to another network.
+        UserError: they are damaged.
+    """
+    metadata, values = read_exported(folder)
+    if different := differences(metadata["shape"], network.config.describe()):
+        raise PretrainedMismatch(Path(folder) / FILE, different)
+    assign(network.variables, values, folder)
+
+
+def read_exported(folder):
+    """Read exported weights.
+
+    Returns:
+        Their metadata, and the values by the paths of their variables.
+
+    Raises:
+        NoPretrainedWeights: there are none.
+        UserError: they are damaged.
+    """
+    with _open_weights(folder) as file:
+        values = {name: file[name] for name in file.files}
+        return complete(json.loads(str(values.pop(METADATA)))), values
+
+
+def assign(variables, values, folder):
+    """Give variables the values of their paths; nothing is changed if one does not fit.
+
+    Raises:
+        UserError: a value is missing or has another shape.
+    """
+    for variable in variables:
+        found = values[variable.path].shape if variable.path in values else None
+        if found != tuple(variable.shape):
+            raise UserError(
+                f"{Path(folder) / FILE} is damaged: {variable.path} has the shape {found}, "
+                f"expected {tuple(variable.shape)}; put back the original"
+            )
+    for variable in variables:
+        variable.assign(values[variable.path])
+
+
+def find_exported(folder):
+    """Return a folder of exported weights, which may be named from the program's folder.
+
+    Raises:
+        UserError: there are no weights in it.
+    """
+    found = utils.find_in_cwd_or_repo(folder, FILE)
+    if found is None:
+        raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
+    return found
+
+
+@contextlib.contextmanager
+def _open_weights(folder):
+    """Open the weights in a folder, and say so if they are missing or damaged."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        available = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{FILE}"))
+        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
+    try:
+        with utils.open_npz(path) as file:
+            yield file
+    except (KeyError, *utils.NPZ_ERRORS) as error:
+        raise UserError(
+            f"{path} is damaged, or not an export ({error}); put back the original"
+        ) from None
+
+
+# --- Weights that a training run starts with ------------------------------------------------------
+
+
+def start_with(network, class_names, folder):
+    """Give a network the weights of an export, or what of them fits its images and classes.
+
+    With the same images and classes all weights are kept. Else the layers below the classes are
+    kept, and of the classes those whose names occur in both.
+
+    Args:
+        network: with first weights.
+        class_names: names of its classes.
+        folder: see `find_exported`.
+
+    Returns:
+        The metadata of the weights, and in words what was kept.
+
+    Raises:
+        PretrainedMismatch: they belong to a network of other layers.
+        UserError: they are missing or damaged.
+    """
+    metadata, values = read_exported(folder)
+    earlier = config_of(metadata, folder)
+    there = metadata["training"]["class_names"] or [None] * earlier.n_classes
+    same_images = tuple(earlier.image_shape) == tuple(network.config.image_shape)
+    if earlier.image_shape[2:] == network.config.image_shape[2:]:
+        adapted = {"image_shape": network.config.image_shape, "n_classes": len(class_names)}
+        earlier = dataclasses.replace(earlier, **adapted)
+    if different := differences(earlier.describe(), network.config.describe()):
+        raise PretrainedMismatch(Path(folder) / FILE, different)
+    if same_images and there in ([None] * len(class_names), list(class_names)):
+        assign(network.variables, values, folder)
+        return metadata, "all of them are kept"
+    kept = network.feature_layers()
+    assign([variable for layer in kept for variable in layer.variables], values, folder)
+    shared = [name for name in class_names if name in there] if same_images else []
+    for variable in network.class_variables() if shared else ():
+        value = variable.numpy()
+        for name in shared:
+            value[class_names.index(name)] = values[variable.path][there.index(name)]
+        variable.assign(value)
+    text = f"{', '.join(layer.name for layer in kept)} are kept"
+    if shared and network.class_variables():
+        pairs = (f"{name} ({there.index(name)} → {class_names.index(name)})" for name in shared)
+        text += f", and the capsules of {', '.join(pairs)}"
+    return metadata, f"{text}; the rest starts with new weights"
