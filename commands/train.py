@@ -15,7 +15,7 @@ from capsnet import config
 from commands.pictures import outputs_of
 from commands.pretrained import find_exported, load_pretrained
 from commands.session import fingerprint
-from inputs import appearance
+from inputs.appearance import KEY, measure_appearance
 from inputs.pipeline import split_validation
 from runtime import machine
 from runtime.terminal import Display, plural, report_written
@@ -155,9 +155,7 @@ def make_trainer(session, report):
     if flags.initial_weights:
         load_initial_weights(session, report)
     names = config.TrainingConfig._fields
-    looks = appearance.measure_appearance(
-        data, session.dataset.inverted, session.dataset.subtracted
-    )
+    appearance = measure_appearance(data, session.dataset.inverted, session.dataset.subtracted)
     return Trainer(
         session.network,
         data,
@@ -170,7 +168,7 @@ def make_trainer(session, report):
         report=report,
         draw=lambda: draw_examples(session.network, validation or data),
         summarize=lambda evaluation: summarize(evaluation, data),
-        description={appearance.KEY: looks.to_metadata()},
+        description={KEY: appearance.to_metadata()},
     )
 
 
@@ -231,9 +229,9 @@ def run_metadata(session):
         metadata["inverted"] = True
     if session.dataset.held_out_seed is not None:
         metadata["held_out_seed"] = session.dataset.held_out_seed
-    ground = session.train_data.ground
-    if ground is not None and ground.any():  # shifts fill in with it
-        metadata["ground"] = ground.tolist()
+    background = session.train_data.background
+    if background is not None and background.any():  # shifts fill in with it
+        metadata["ground"] = background.tolist()
     if flags.validation_check and session.validation_data is not None:
         metadata["validation_data"] = fingerprint(
             session.validation_data.images, session.validation_data.labels
@@ -264,7 +262,7 @@ def summarize(evaluation, data, path=None):
 
     Args:
         evaluation: Evaluation.
-        data: Data of the same classes.
+        data: Examples of the same classes.
         path: file that the confusion matrix goes to as well, or None.
     """
     names, labels = data.class_names, evaluation.labels

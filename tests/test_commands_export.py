@@ -33,7 +33,7 @@ from commands.pretrained import find_exported, load_pretrained, pretrained_metad
 from commands.session import fingerprint
 from commands.train import make_trainer
 from inputs.appearance import appearance_from, measure_appearance
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 from model import CapsNet
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
@@ -435,7 +435,7 @@ def test_the_weights_that_come_with_the_program_are_those_of_the_default_network
     assert training.get("data_deformation", False) == (not overlap)
     assert training["train_size"] == 0
     mnist = load_all("mnist", ROOT / "data")
-    unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    unseen = Examples(mnist.x_test[:1000], mnist.y_test[:1000])
     if overlap:
         unseen = unseen._replace(
             padding=config.MULTI_PADDING, max_shift=config.MULTI_SHIFT, overlap=True
