@@ -47,7 +47,7 @@ class File(NamedTuple):
     packed: bool
 
 
-class DataSet(NamedTuple):
+class Source(NamedTuple):
     """The files of a data set, and where they can be found."""
 
     mirrors: tuple[str, ...]
@@ -82,21 +82,21 @@ KMNIST_GZ_SHA256 = """
     20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c"""
 
 DATASETS = {
-    "mnist": DataSet(
+    "mnist": Source(
         (
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
         ),
         _files(IDX_SIZES, MNIST_SHA256, packed=False),
     ),
-    "fashion_mnist": DataSet(
+    "fashion_mnist": Source(
         (
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
         ),
         _files(IDX_SIZES, FASHION_SHA256, packed=False),
     ),
-    "kmnist": DataSet(
+    "kmnist": Source(
         ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
         _files(KMNIST_GZ_SIZES, KMNIST_GZ_SHA256, packed=True),
     ),

@@ -190,11 +190,11 @@ def _deep_grey(image, holds_bytes):
 
 
 def _flatten(image):
-    """Put an RGBA image on a white ground if its ink is dark, else on a black one."""
+    """Put an RGBA image on a white background if its ink is dark, else on a black one."""
     *ink, alpha = np.moveaxis(np.asarray(image, np.float64), -1, 0)
     dark = (np.mean(ink, axis=0) * alpha).sum() < 127.5 * alpha.sum()
-    ground = Image.new("RGBA", image.size, "white" if dark else "black")
-    return Image.alpha_composite(ground, image)
+    background = Image.new("RGBA", image.size, "white" if dark else "black")
+    return Image.alpha_composite(background, image)
 
 
 def evenly(items, most=SAMPLE):
@@ -213,7 +213,7 @@ def edge_color(image):
 
 
 def is_dark_on_light(image):
-    """Tell whether the edge of an image, uint8 (H, W, C), is brighter than mid-grey."""
+    """Return whether the edge of an image, uint8 (H, W, C), is brighter than mid-grey."""
     return float(edge_color(image).mean()) > 127.5
 
 
@@ -245,7 +245,7 @@ def fit_image(image, shape, inverted):
         done.append(f"resized from {image.shape[1]}×{image.shape[0]}")
         color = tuple(edge_color(image).astype(int).tolist())
         picture = Image.fromarray(np.squeeze(image, -1) if channels == 1 else image)
-        ground = color[0] if channels == 1 else color
-        picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, ground)
+        background = color[0] if channels == 1 else color
+        picture = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, background)
         image = np.asarray(picture).reshape(shape)
     return image, ", ".join(done) or "unchanged"

@@ -117,18 +117,18 @@ class GemmPeak:
 
 
 def load_digits(count=None, image_size=28):
-    """Return Data of the first training digits of MNIST, shifted in training.
+    """Return Examples of the first training digits of MNIST, shifted in training.
 
     Args:
         count: number of digits, None for all.
         image_size: pixels of a side; digits are padded to it with zeros.
     """
-    from inputs.pipeline import Data
+    from inputs.pipeline import Examples
 
     mnist = datasets.load_dataset("mnist", ROOT / "data")
     edge = (image_size - 28) // 2
     images = np.pad(mnist.x_train[:count], ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    return Data(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)
+    return Examples(images, mnist.y_train[:count], max_shift=config.MAX_SHIFT)
 
 
 def make_trainer(
@@ -143,7 +143,7 @@ def make_trainer(
     """Create a Trainer of the paper's network. Nothing is written while only steps are run.
 
     Args:
-        data: Data.
+        data: Examples.
         batch_size: images in a step.
         conv: method of `ops.Convolution`.
         jit: whether XLA compiles the step.

@@ -9,7 +9,7 @@ import numpy as np
 import utils
 from capsnet import config
 from inputs import datasets
-from inputs.pipeline import Data, split_validation
+from inputs.pipeline import Examples, split_validation
 from inputs.readers.dataset import Dataset
 from runtime.command_line import parse_size
 from training.folders import Folders
@@ -20,9 +20,9 @@ class CommandData(NamedTuple):
 
     dataset: Dataset
     train_size: int  # training images that are used; 0: all
-    train: Data  # those of training (sections 5 and 6), without what is held out
-    validation: Data | None  # to choose the best weights by
-    test: Data
+    train: Examples  # those of training (sections 5 and 6), without what is held out
+    validation: Examples | None  # to choose the best weights by
+    test: Examples
     held_out: bool  # whether the images for validation are held out of the training images
 
     @property
@@ -57,7 +57,7 @@ def load_data(flags, report):
         flags.dataset, data_folder(flags), parse_size(flags.image_size), flags.seed
     )
     if flags.multi_MNIST:
-        dataset = datasets.remove_ground(dataset)
+        dataset = datasets.remove_background(dataset)
     if dataset.x_validation is not None:
         use = "choose the best weights"
         if not flags.validation_check:
@@ -71,8 +71,8 @@ def load_data(flags, report):
         slice(train_size or None)
     )
     if flags.data_deformation and not flags.multi_MNIST:
-        ground = datasets.even_ground(dataset.x_train)
-        train = train._replace(max_shift=config.MAX_SHIFT, ground=ground)
+        background = datasets.even_background(dataset.x_train)
+        train = train._replace(max_shift=config.MAX_SHIFT, background=background)
     validation, held_out = None, False
     if flags.validation_check and dataset.x_validation is not None:
         validation = compose(flags, dataset, dataset.x_validation, dataset.y_validation)
@@ -84,11 +84,11 @@ def load_data(flags, report):
 
 
 def compose(flags, dataset, images, labels):
-    """Return the Data of images, each as it is or overlapping another one."""
+    """Return the Examples of images, each as it is or overlapping another one."""
     names = dataset.class_names
     if flags.multi_MNIST:
-        return Data(images, labels, config.MULTI_PADDING, flags.multi_shift, True, names)
-    return Data(images, labels, class_names=names)
+        return Examples(images, labels, config.MULTI_PADDING, flags.multi_shift, True, names)
+    return Examples(images, labels, class_names=names)
 
 
 def fingerprint(*arrays):

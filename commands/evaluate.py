@@ -115,7 +115,7 @@ def predictions_table(data, plan, evaluation, test_files=None):
     first is listed, as there may be millions.
 
     Args:
-        data: Data that was tested.
+        data: Examples that was tested.
         plan: its Plan.
         evaluation: its Evaluation.
         test_files: paths of the test images, if each is a file; then a column has them.

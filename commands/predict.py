@@ -12,12 +12,12 @@ import figures
 import utils
 from capsnet.errors import UserError
 from inputs import ink
-from inputs.appearance import ground_of
-from inputs.datasets import subtract_ground
+from inputs.appearance import background_of
+from inputs.datasets import subtract_background
 from model import CHUNK_SIZE
 from runtime.terminal import report_written
 
-LIKELIEST = 3  # classes that are named for each file
+TOP_K = 3  # classes that are named for each file
 THUMBNAIL = 224  # pixels of the longer side of a file, as it is kept to be drawn
 
 
@@ -65,7 +65,7 @@ def predict(session):
         UserError: no file matches, or some cannot be read; the others are still predicted.
     """
     paths = matching_files(session.flags.predict)
-    names, digits = session.class_names, session.digits_per_example
+    names, per_example = session.class_names, session.digits_per_example
     drawn = figures.drawable_names(names)
     shape = session.network.settings["image_shape"]
     pictures, failed = read_images(paths, shape, session.appearance)
@@ -73,17 +73,17 @@ def predict(session):
     for start in range(0, len(pictures), CHUNK_SIZE):
         chunk = pictures[start : start + CHUNK_SIZE]
         images = [picture.image for picture in chunk]
-        lengths, decoded = classify(session.network, images, digits)
+        lengths, decoded = classify(session.network, images, per_example)
         reconstructions.extend(decoded)
         for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
-            likeliest = np.argsort(-scores)[:LIKELIEST]
+            likeliest = np.argsort(-scores)[:TOP_K]
             best = [(names[k], float(scores[k])) for k in likeliest]
-            print(f"{path} ({done}): {in_words(best, digits)}")
+            print(f"{path} ({done}): {in_words(best, per_example)}")
             rows.append([path, done, *(cell for pair in best for cell in pair)])
             captions.append(caption(path, [(drawn[k], scores[k]) for k in likeliest], drawn))
     if rows:
         folder = Path(session.flags.sample_dir)
-        numbers = range(1, 1 + min(LIKELIEST, len(names)))
+        numbers = range(1, 1 + min(TOP_K, len(names)))
         header = [f"{column}_{n}" for n in numbers for column in ("class", "length")]
         utils.write_csv(folder / "predictions.csv", ["file", "done", *header], rows)
         sheet = folder / "predictions.png"
@@ -94,12 +94,12 @@ def predict(session):
         raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
 
 
-def in_words(best, digits):
+def in_words(best, per_example):
     """Return the likeliest classes with their lengths; of pairs, first which two are predicted."""
     scores = ", ".join(f"{name}: {value:.3f}" for name, value in best)
-    if digits == 1:
+    if per_example == 1:
         return scores
-    predicted = " and ".join(name for name, _ in best[:digits])
+    predicted = " and ".join(name for name, _ in best[:per_example])
     return f"{predicted} ({scores})"
 
 
@@ -146,12 +146,12 @@ def fit(image, shape, appearance):
         uint8 (H, W, C), and in words what was done.
     """
     inverted = appearance.inverted
-    if appearance.ground is not None:
-        inverted = appearance.ground != ground_of(image)
+    if appearance.background is not None:
+        inverted = appearance.background != background_of(image)
     image, done = utils.fit_image(image, shape, inverted)
     if appearance.subtracted:
-        image = subtract_ground(image, appearance.subtracted)
-        done = f"{done}, its ground subtracted"
+        image = subtract_background(image, appearance.subtracted)
+        done = f"{done}, its background subtracted"
     return image, done
 
 
@@ -190,19 +190,19 @@ def thumbnail(image):
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
-def classify(network, images, digits=1):
+def classify(network, images, per_example=1):
     """Classify images and reconstruct their longest capsules.
 
     Args:
         network: CapsNet.
         images: N arrays (H, W, C) uint8.
-        digits: K, how many capsules to reconstruct, the longest first.
+        per_example: K, how many capsules to reconstruct, the longest first.
 
     Returns:
         The lengths (N, J), and the reconstructions (N, K, H, W, C).
     """
     lengths, capsules = network(np.stack(images) / np.float32(255))
-    longest = np.argsort(-lengths.numpy(), axis=1)[:, :digits]
+    longest = np.argsort(-lengths.numpy(), axis=1)[:, :per_example]
     mask = np.eye(lengths.shape[1], dtype=np.float32)[longest]
     return lengths.numpy(), network.decoder(capsules, mask).numpy()
 

@@ -13,7 +13,7 @@ from capsnet import config
 from capsnet.errors import UsageError, UserError
 from commands.pretrained import load_pretrained, pretrained_metadata
 from inputs import appearance, datasets
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 from model import CapsNet
 from runtime import machine, startup
 from runtime.command_line import parse_size
@@ -72,7 +72,7 @@ class Session:
             flags.dataset, data_folder(flags), parse_size(flags.image_size), flags.seed
         )
         if flags.multi_MNIST:
-            dataset = datasets.remove_ground(dataset)
+            dataset = datasets.remove_background(dataset)
         if dataset.x_validation is not None:
             use = "choose the best weights"
             if not flags.validation_check:
@@ -90,34 +90,34 @@ class Session:
 
     @functools.cached_property
     def train_data(self):
-        """Return the Data of training (sections 5 and 6)."""
+        """Return the Examples of training (sections 5 and 6)."""
         size, dataset = self.train_size or None, self.dataset
         data = self._compose(dataset.x_train[:size], dataset.y_train[:size])
         if self.flags.multi_MNIST or not self.flags.data_deformation:
             return data
         return data._replace(
-            max_shift=config.MAX_SHIFT, ground=datasets.even_ground(dataset.x_train)
+            max_shift=config.MAX_SHIFT, background=datasets.even_background(dataset.x_train)
         )
 
     @functools.cached_property
     def test_data(self):
-        """Return the Data of the test."""
+        """Return the Examples of the test."""
         return self._compose(self.dataset.x_test, self.dataset.y_test)
 
     @functools.cached_property
     def validation_data(self):
-        """Return the Data of the data set's own images for validation, None if it has none."""
+        """Return the Examples of the data set's own images for validation, None if it has none."""
         if self.dataset.x_validation is None:
             return None
         return self._compose(self.dataset.x_validation, self.dataset.y_validation)
 
     def _compose(self, images, labels):
-        """Return the Data of images, each as it is or overlapping another one."""
+        """Return the Examples of images, each as it is or overlapping another one."""
         names = self.dataset.class_names
         if self.flags.multi_MNIST:
             shift = self.flags.multi_shift
-            return Data(images, labels, config.MULTI_PADDING, shift, True, names)
-        return Data(images, labels, class_names=names)
+            return Examples(images, labels, config.MULTI_PADDING, shift, True, names)
+        return Examples(images, labels, class_names=names)
 
     @property
     def digits_per_example(self):
@@ -222,7 +222,7 @@ class Session:
             )
         if self.dataset.inverted and not self._trained("inverted"):
             raise UserError(
-                f"{self.weights_folder} was trained on dark ink on a light ground, and this "
+                f"{self.weights_folder} was trained on dark ink on a light background, and this "
                 "version inverts these images; train again"
             )
         training = self.metadata["training"]

@@ -223,7 +223,7 @@ def start_with_weights(flags, network, data, report):
 
 def run_metadata(flags, network, data):
     """Return what a resumed run must share with its beginning, besides the TrainingConfig."""
-    ground, validation = data.train.ground, data.validation
+    background, validation = data.train.background, data.validation
     own_validation = validation is not None and not data.held_out
     return {
         "dataset": data.dataset.name,
@@ -243,7 +243,7 @@ def run_metadata(flags, network, data):
         "inverted": data.dataset.inverted,
         "held_out_seed": data.dataset.held_out_seed,
         # Shifts fill in with it.
-        "ground": ground.tolist() if ground is not None and ground.any() else None,
+        "ground": background.tolist() if background is not None and background.any() else None,
         "validation_data": (
             fingerprint(validation.images, validation.labels) if own_validation else None
         ),
@@ -273,7 +273,7 @@ def summarize(evaluation, data, path=None):
 
     Args:
         evaluation: Evaluation.
-        data: Data of the same classes.
+        data: Examples of the same classes.
         path: file that the confusion matrix goes to as well, or None.
     """
     names, labels = data.class_names, evaluation.labels

@@ -265,13 +265,13 @@ def examine(name, flags, mnist):
     """
     import trial
 
-    from inputs.pipeline import Data, split_validation
+    from inputs.pipeline import Examples, split_validation
 
     size = min(flags.train_size or MOST, len(mnist.y_train))
     train_indices, held_out = split_validation(size, seed=0)
     placing = {"padding": PADDING, "max_shift": PADDING}
-    data = Data(mnist.x_train[:size], mnist.y_train[:size], **placing)
-    validation, test_data = data.subset(held_out), Data(mnist.x_test, mnist.y_test, **placing)
+    data = Examples(mnist.x_train[:size], mnist.y_train[:size], **placing)
+    validation, test_data = data.subset(held_out), Examples(mnist.x_test, mnist.y_test, **placing)
     training = config.TrainingConfig(
         seed=flags.seed, decay_steps=flags.decay_steps, averaging=flags.averaging
     )
@@ -343,7 +343,7 @@ def make_test(name, folder, labels):
         folder: folder of `trial.run`.
         labels: (N,), of the images.
     """
-    from inputs.pipeline import Data
+    from inputs.pipeline import Examples
     from training.checkpoints import load_weights
     from training.evaluation import Evaluator
 
@@ -352,7 +352,7 @@ def make_test(name, folder, labels):
     evaluator = Evaluator(network, jit=True)
 
     def count_right(images):
-        data = Data(images, labels)
+        data = Examples(images, labels)
         return int(evaluator.evaluate(data, data.evaluation_plan()).correct.sum())
 
     return count_right

@@ -61,7 +61,7 @@ def measure(images):
     """Measure the properties of the ink of images.
 
     Args:
-        images: (..., H, W), light ink on a dark ground.
+        images: (..., H, W), light ink on a dark background.
 
     Returns:
         (..., 5), in the order of PROPERTIES: the shear, positive if the upper end leans to the
@@ -219,11 +219,11 @@ def draw_pairs(data_dir, output):
 def draw_reconstructions(network, mnist, wrong, path):
     """Draw the first right test images and the first wrong ones with their reconstructions."""
     from commands.pictures import outputs_of
-    from inputs.pipeline import Data
+    from inputs.pipeline import Examples
 
     right = [number for number in range(len(mnist.y_test)) if number not in set(wrong)][:RIGHT]
     chosen = right + wrong[:WRONG]
-    data = Data(mnist.x_test, mnist.y_test)
+    data = Examples(mnist.x_test, mnist.y_test)
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(np.array(chosen)))
     title = f"Reconstructions of the first {len(right)} right and {len(chosen) - len(right)} wrong"
     figures.save_reconstructions(

@@ -106,7 +106,7 @@ def run_row(row, seed, flags):
     """Train and test a row with a seed; return the result, see `trial.run`."""
     import trial
 
-    from inputs.pipeline import Data
+    from inputs.pipeline import Examples
 
     mnist = datasets.load_dataset("mnist", flags.data_dir)
     overlap = flags.dataset == "multi_MNIST"
@@ -115,8 +115,8 @@ def run_row(row, seed, flags):
     else:
         padding, train_shift, test_shift = 0, config.MAX_SHIFT, 0
     size = flags.train_size
-    train_data = Data(mnist.x_train[:size], mnist.y_train[:size], padding, train_shift, overlap)
-    test_data = Data(mnist.x_test, mnist.y_test, padding, test_shift, overlap)
+    train_data = Examples(mnist.x_train[:size], mnist.y_train[:size], padding, train_shift, overlap)
+    test_data = Examples(mnist.x_test, mnist.y_test, padding, test_shift, overlap)
     share = len(train_data.labels), len(mnist.y_train)
     outcome, _ = trial.run(
         Path(flags.output, f"{flags.dataset}_{row}_seed_{seed}"),

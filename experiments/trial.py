@@ -13,7 +13,7 @@ import numpy as np
 import utils
 from capsnet import errors
 from capsnet.config import SAVE_STEPS
-from inputs.pipeline import Data, Plan
+from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
@@ -37,7 +37,7 @@ class Goal(NamedTuple):
     """An accuracy on held-out images at which training stops, looked at CHECKS times an epoch."""
 
     accuracy: float
-    data: Data
+    data: Examples
     plan: Plan
 
 
@@ -53,11 +53,11 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
         folder: where to write; it gets an ending, and training runs that differ in anything never
             share one.
         make: function of no arguments that creates the network.
-        train_data: Data.
-        test_data: Data.
+        train_data: Examples.
+        test_data: Examples.
         training: TrainingConfig.
         epochs: to train for, in total.
-        plan: Plan of the test, None for that of `Data.evaluation_plan`.
+        plan: Plan of the test, None for that of `Examples.evaluation_plan`.
         goal: Goal, or None.
 
     Returns:

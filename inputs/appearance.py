@@ -5,7 +5,7 @@ from typing import NamedTuple
 import ops
 import utils
 from inputs import ink
-from inputs.datasets import common_ground
+from inputs.datasets import common_background
 
 KEY = "appearance"  # in the metadata of weights; a run resumes whatever it says
 
@@ -13,16 +13,16 @@ KEY = "appearance"  # in the metadata of weights; a run resumes whatever it says
 class Appearance(NamedTuple):
     """What an image file is made to look like."""
 
-    ink_style: ink.InkStyle | None  # None unless the images show ink on an even ground
-    ground: str | None  # "light" or "dark" at the edges of nearly all images; None if neither
+    ink_style: ink.InkStyle | None  # None unless the images show ink on an even background
+    background: str | None  # "light" or "dark" at the edges of nearly all images; None if neither
     # What was done to all images when they were loaded, if their colours do not say it.
     inverted: bool = False
-    subtracted: tuple[int, ...] | None = None  # colour of a ground
+    subtracted: tuple[int, ...] | None = None  # colour of a background
 
     def to_metadata(self):
         """Return it as a dict that can be written as JSON."""
         style = self.ink_style._asdict() if self.ink_style else None
-        metadata = {"ink_style": style, "ground": self.ground}
+        metadata = {"ink_style": style, "ground": self.background}
         if self.inverted:
             metadata["inverted"] = True
         if self.subtracted:
@@ -53,7 +53,7 @@ def measure_appearance(data, inverted=False, subtracted=None):
     """Return the Appearance of training images, or of the pairs composed of them.
 
     Args:
-        data: Data.
+        data: Examples.
         inverted: see `Dataset`.
         subtracted: see `Dataset`.
     """
@@ -61,13 +61,13 @@ def measure_appearance(data, inverted=False, subtracted=None):
         return Appearance(None, None, inverted, subtracted)
     style = ink.measure_style(data.images)
     if not data.overlap:
-        return Appearance(style, common_ground(data.images), subtracted=subtracted)
+        return Appearance(style, common_background(data.images), subtracted=subtracted)
     pairs = compose_pairs(data)
-    ground = common_ground(pairs)
+    background = common_background(pairs)
     paper = "dark" if style and style.light_ink else "light"
-    if style is None or ground != paper:  # dark ink vanishes where pairs are added up
-        return Appearance(None, ground, subtracted=subtracted)
-    return Appearance(ink.style_of_pairs(style, pairs), ground, subtracted=subtracted)
+    if style is None or background != paper:  # dark ink vanishes where pairs are added up
+        return Appearance(None, background, subtracted=subtracted)
+    return Appearance(ink.style_of_pairs(style, pairs), background, subtracted=subtracted)
 
 
 def compose_pairs(data):
@@ -77,6 +77,6 @@ def compose_pairs(data):
     return utils.to_uint8(pairs.numpy())
 
 
-def ground_of(image):
-    """Tell whether an image is "light" or "dark" at its edges."""
+def background_of(image):
+    """Return whether an image is "light" or "dark" at its edges."""
     return "light" if utils.is_dark_on_light(image) else "dark"

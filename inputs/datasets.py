@@ -1,4 +1,4 @@
-"""Load a data set, and normalize it: one size, light ink on a dark ground.
+"""Load a data set, and normalize it: one size, light ink on a dark background.
 
 `Dataset.notes` lists whatever was changed, left out or held out.
 """
@@ -33,7 +33,7 @@ def load_dataset(name, data_dir, image_size=None, seed=0):
         seed: says which images of a folder without a test part are held out.
 
     Returns:
-        Dataset. Grey images of dark ink on a light ground are inverted.
+        Dataset. Grey images of dark ink on a light background are inverted.
 
     Raises:
         DataFileError: IDX files are missing, damaged or do not fit each other.
@@ -80,8 +80,8 @@ def _resized(images, image_size):
     return result
 
 
-def common_ground(images):
-    """Tell whether nearly all images are "light" or "dark" at their edges; None if neither.
+def common_background(images):
+    """Return whether nearly all images are "light" or "dark" at their edges; None if neither.
 
     The edges of photographs are light or dark by chance.
 
@@ -96,63 +96,63 @@ def common_ground(images):
     return None
 
 
-def even_ground(images):
+def even_background(images):
     """Return the colour that nearly all edges of images (N, H, W, C) have, uint8 (C,), or None."""
     sample = evenly(images)
-    ground = np.median([edge_color(image) for image in sample], axis=0)
+    background = np.median([edge_color(image) for image in sample], axis=0)
     edges = np.concatenate([edge_pixels(image) for image in sample])
-    close = (np.abs(edges - ground) <= 32).all(axis=1).mean()
-    return np.rint(ground).astype(np.uint8) if close > 0.75 else None
+    close = (np.abs(edges - background) <= 32).all(axis=1).mean()
+    return np.rint(background).astype(np.uint8) if close > 0.75 else None
 
 
 def invert_if_light(dataset, colours=False):
-    """Invert a Dataset whose images are dark ink on a light ground.
+    """Invert a Dataset whose images are dark ink on a light background.
 
-    Shifts and overlaid digits assume a black ground, and a network trains better on it.
+    Shifts and overlaid digits assume a black background, and a network trains better on it.
 
     Args:
         dataset: Dataset.
         colours: whether to invert images in colour too.
 
     Raises:
-        UserError: the training images have a light ground, and those of another part a dark one.
+        UserError: the training images and those of another split have opposite backgrounds.
     """
     grey = dataset.x_train.shape[-1] == 1
     if not (grey or colours):
         return dataset
-    ground = common_ground(dataset.x_train)
-    for part, images in ("test", dataset.x_test), ("validation", dataset.x_validation):
-        other = None if images is None else common_ground(images)
-        if None not in (ground, other) and other != ground:
+    background = common_background(dataset.x_train)
+    for split, images in ("test", dataset.x_test), ("validation", dataset.x_validation):
+        other = None if images is None else common_background(images)
+        if None not in (background, other) and other != background:
             raise UserError(
-                f"{dataset.name}: the training images have a {ground} ground and the {part} images "
-                f"a {other} one, expected the same; invert one part"
+                f"{dataset.name}: the training images have a {background} background and the "
+                f"{split} images a {other} one, expected the same; invert one split"
             )
-    if ground != "light":
+    if background != "light":
         return dataset
-    note = "dark ink on a light ground, so all images are inverted"
+    note = "dark ink on a light background, so all images are inverted"
     return dataset.map_images(lambda images: 255 - images)._replace(inverted=True).with_note(note)
 
 
-def remove_ground(dataset):
-    """Subtract an even ground that is not black from all images, so that only ink is left.
+def remove_background(dataset):
+    """Subtract an even background that is not black from all images, so that only ink is left.
 
-    A light ground is inverted first. Overlaid images are added up.
+    A light background is inverted first. Overlaid images are added up.
     """
     dataset = invert_if_light(dataset, colours=True)
-    ground = even_ground(dataset.x_train)
-    if ground is None or not ground.any():
+    background = even_background(dataset.x_train)
+    if background is None or not background.any():
         return dataset
-    color = tuple(ground.tolist())
+    color = tuple(background.tolist())
     shown = color[0] if len(color) == 1 else color
-    subtracted = dataset.map_images(lambda images: subtract_ground(images, color))
+    subtracted = dataset.map_images(lambda images: subtract_background(images, color))
     return subtracted._replace(subtracted=color).with_note(
-        f"a ground of {shown} is subtracted from all images"
+        f"a background of {shown} is subtracted from all images"
     )
 
 
-def subtract_ground(images, color):
-    """Subtract the colour (C,) of a ground from images, uint8 (..., C), clipped at 0."""
+def subtract_background(images, color):
+    """Subtract the colour (C,) of a background from images, uint8 (..., C), clipped at 0."""
     color = np.array(color, np.uint8)
     return np.maximum(images, color) - color
 

@@ -1,8 +1,8 @@
 """Take ink off its paper and place it the way a data set places its own.
 
 MNIST's digits were cropped, scaled into a box of 20×20 pixels and centred by their mass on 28×28,
-light on an even dark ground. A network trained on them recognizes a photograph or a scan only if
-that is done to it too. How a data set places its ink is measured from its training images.
+light on an even dark background. A network trained on them recognizes a photograph or a scan only
+if that is done to it too. How a data set places its ink is measured from its training images.
 """
 
 from typing import NamedTuple
@@ -15,19 +15,19 @@ from utils import edge_pixels, evenly
 
 WORKING_SIZE = 400  # pixels of the longer side at which ink is looked for
 MARGIN = 0.25  # share of the ink's longer side that is kept around it for a closer look
-FAINTEST = 12 / 255  # contrast of ink and paper; less is no ink
+MIN_CONTRAST = 12 / 255  # contrast of ink and paper; less is no ink
 WINDOW = 0.4  # share of the longer side: strokes narrower than this are not part of the paper
-LEAST_AREA = 6  # pixels; less is noise, even on a blank page
+MIN_AREA = 6  # pixels; less is noise, even on a blank page
 SPECK = 0.04  # share of the largest part's ink; less is a speck
 VISIBLE = 0.2  # share of the ink's contrast at which its bounding box ends
-LEAST_IMAGES = 10  # that show a style
-THICKEST = 0.25  # share of the box; wider than this, the items of a data set are not strokes
+MIN_IMAGES = 10  # that show a style
+MAX_STROKE = 0.25  # share of the box; wider than this, the items of a data set are not strokes
 
 
 class InkStyle(NamedTuple):
-    """How a data set places ink on its ground."""
+    """How a data set places ink on its background."""
 
-    light_ink: bool  # on a dark ground; else dark ink on a light one
+    light_ink: bool  # on a dark background; else dark ink on a light one
     box: int  # pixels of the longer side of the ink
     by_mass: bool  # whether the centre of mass is in one place, or that of the bounding box
     offset: tuple[float, float]  # how far below and right of the image's middle that place is
@@ -39,7 +39,7 @@ class InkStyle(NamedTuple):
 
 
 def measure_style(images):
-    """Measure how images of ink on an even ground are made.
+    """Measure how images of ink on an even background are made.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -51,18 +51,18 @@ def measure_style(images):
         return None
     sample = evenly(images)[..., 0].astype(np.float32) / 255
     edges = np.stack([edge_pixels(image) for image in sample])
-    ground = np.median(edges)
-    if 0.1 < ground < 0.9 or np.abs(edges - ground).mean() > 0.02:
+    background = np.median(edges)
+    if 0.1 < background < 0.9 or np.abs(edges - background).mean() > 0.02:
         return None
-    light_ink = bool(ground < 0.5)
+    light_ink = bool(background < 0.5)
     inks = [ink for ink in (sample if light_ink else 1 - sample) if (ink > VISIBLE).any()]
-    if len(inks) < LEAST_IMAGES:
+    if len(inks) < MIN_IMAGES:
         return None
     stroke = float(np.median([stroke_width(ink) for ink in inks]))
     placing = _measure_placing(inks)
     box, offsets = float(np.median(placing.sides)), placing.offsets
     uneven = np.std(placing.sides) > box / 8 or offsets.std(axis=0).max() > box / 20
-    if uneven or stroke > THICKEST * box:
+    if uneven or stroke > MAX_STROKE * box:
         return None
     return InkStyle(light_ink, round(box), placing.by_mass, placing.mean_offset, stroke)
 
@@ -75,7 +75,7 @@ def style_of_pairs(style, pairs):
 
     Args:
         style: InkStyle of the single items.
-        pairs: (N, H, W, 1) uint8, with the ground of the single items.
+        pairs: (N, H, W, 1) uint8, with the background of the single items.
     """
     sample = pairs[..., 0].astype(np.float32) / 255
     placing = _measure_placing(
@@ -116,7 +116,7 @@ def _measure_placing(inks):
 
 
 def follows(image, style):
-    """Tell whether an image, uint8 (H, W, 1), already has ink placed in a style."""
+    """Return whether an image, uint8 (H, W, 1), already has ink placed in a style."""
     ink = image[..., 0].astype(np.float32) / 255
     if not style.light_ink:
         ink = 1 - ink
@@ -201,7 +201,7 @@ def isolate(image):
 
 
 def has_light_ink(image):
-    """Tell whether an image, uint8 (H, W, C), differs from its edges most by what is lighter."""
+    """Return whether an image, uint8 (H, W, C), differs from its edges most by what is lighter."""
     small = [ndimage.gaussian_filter(c, 1) for c in _reduced_channels(image)]
     lighter = max(channel.max() - np.median(edge_pixels(channel)) for channel in small)
     darker = max(np.median(edge_pixels(channel)) - channel.min() for channel in small)
@@ -277,7 +277,7 @@ def _keep_strokes(contrast):
     """
     # Ink may cover more than half of an image, so noise is measured between neighbours.
     noise = 1.4826 * np.median(np.abs(contrast - ndimage.gaussian_filter(contrast, 2)))
-    floor = max(np.quantile(contrast, 0.25) + 5 * noise, FAINTEST)
+    floor = max(np.quantile(contrast, 0.25) + 5 * noise, MIN_CONTRAST)
     candidates = contrast[contrast > floor]
     if not candidates.size:
         return None
@@ -288,7 +288,7 @@ def _keep_strokes(contrast):
     mass = ndimage.sum_labels(np.minimum(contrast, level), parts, numbers)
     strongest = ndimage.maximum(contrast, parts, numbers)
     area = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    large = (mass >= SPECK * mass.max()) & (area >= LEAST_AREA)
+    large = (mass >= SPECK * mass.max()) & (area >= MIN_AREA)
     kept = numbers[large & (strongest > 0.6 * level)]
     if not kept.size:
         return None

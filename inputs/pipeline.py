@@ -4,7 +4,7 @@ A plan is a pure function of (seed, epoch): which images, in which order, with w
 shifts. So an epoch does not depend on the batch size, the number of replicas or the compiler, and
 resuming in the middle of it is a slice.
 
-Shapes: N examples, B examples in a batch, K digits in each (1, or 2 for MultiMNIST), H×W pixels,
+Shapes: N examples, B examples in a batch, K images in each (1, or 2 for MultiMNIST), H×W pixels,
 C channels.
 """
 
@@ -30,16 +30,16 @@ class Plan(NamedTuple):
         return Plan(self.index[examples], self.shift[examples])
 
 
-class Data(NamedTuple):
-    """Images with their labels, and how they make up an example."""
+class Examples(NamedTuple):
+    """Images with their labels, and how an example is made of them."""
 
     images: np.ndarray  # (n, H, W, C) uint8
     labels: np.ndarray  # (n,)
-    padding: int = 0  # pixels of canvas around a digit
-    max_shift: int = 0  # pixels, the bound of the shift drawn for each digit
-    overlap: bool = False  # whether an example is two overlapping digits
+    padding: int = 0  # pixels of canvas around an image
+    max_shift: int = 0  # pixels, the bound of the shift drawn for each image
+    overlap: bool = False  # whether an example is two overlapping images
     class_names: tuple = config.DIGITS  # by label
-    ground: np.ndarray | None = None  # (C,) uint8, what shifts fill in; by default black
+    background: np.ndarray | None = None  # (C,) uint8, what shifts fill in; by default black
 
     @property
     def digits_per_example(self):
@@ -52,11 +52,11 @@ class Data(NamedTuple):
         return (height + 2 * self.padding, width + 2 * self.padding, channels)
 
     def margin(self):
-        """Return how many pixels of ground each image gets on all sides, so that it can shift.
+        """Return how many pixels of background each image gets on all sides, so that it can shift.
 
-        Shifts fill in zeros, so a black ground needs none.
+        Shifts fill in zeros, so a black background needs none.
         """
-        black = self.ground is None or not np.any(self.ground)
+        black = self.background is None or not np.any(self.background)
         return 0 if black else self.max_shift + self.padding
 
     def subset(self, indices):
@@ -170,16 +170,16 @@ def batches(data, plan, batch_size, start=0, strategy=None):
     replica gets a consecutive part of every batch, and the last part is padded in the same way.
 
     Args:
-        data: Data.
+        data: Examples.
         plan: Plan for this data.
         batch_size: examples in a batch, over all replicas.
         start: number of the first batch.
         strategy: tf.distribute.Strategy; by default the current one.
 
     Returns:
-        Iterable of (digits (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K), weight (B,)),
-        with PerReplica values under a strategy of several replicas. Digits have a margin all around
-        (see `Data.margin`) if the ground is not black.
+        Iterable of (images (B, K, H, W, C) uint8, shift (B, K, 2), labels (B, K), weight (B,)),
+        with PerReplica values under a strategy of several replicas. Images have a margin all around
+        (see `Examples.margin`) if the background is not black.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
@@ -196,10 +196,10 @@ def batches(data, plan, batch_size, start=0, strategy=None):
             images, labels = tf.constant(data.images), tf.constant(data.labels)
 
         def gather(index, shift, weight):
-            digits = tf.gather(images, index)
+            chosen = tf.gather(images, index)
             if margin := data.margin():
-                digits = surround(digits, margin, data.ground)
-            return digits, shift, tf.gather(labels, index), weight
+                chosen = surround(chosen, margin, data.background)
+            return chosen, shift, tf.gather(labels, index), weight
 
         parts = (*plan.take(local_examples), local_weights)
         return tf.data.Dataset.from_tensor_slices(parts).map(gather).prefetch(2 * local)
@@ -207,17 +207,17 @@ def batches(data, plan, batch_size, start=0, strategy=None):
     return strategy.distribute_datasets_from_function(pipeline)
 
 
-def surround(digits, margin, ground):
-    """Put a margin of ground around images: (B, K, H, W, C) -> (B, K, H + 2·M, W + 2·M, C).
+def surround(images, margin, background):
+    """Put a margin of background around images: (B, K, H, W, C) -> (B, K, H + 2·M, W + 2·M, C).
 
     Args:
-        digits: (B, K, H, W, C) uint8.
+        images: (B, K, H, W, C) uint8.
         margin: M, pixels.
-        ground: (C,) uint8.
+        background: (C,) uint8.
     """
     sides = [[0, 0], [0, 0], [margin, margin], [margin, margin], [0, 0]]
-    inside = tf.pad(tf.ones_like(digits, tf.bool), sides)
-    return tf.where(inside, tf.pad(digits, sides), tf.constant(ground, digits.dtype))
+    inside = tf.pad(tf.ones_like(images, tf.bool), sides)
+    return tf.where(inside, tf.pad(images, sides), tf.constant(background, images.dtype))
 
 
 def _layout(n, batch_size, replicas):

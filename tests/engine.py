@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from capsnet.config import TrainingConfig
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 from training.folders import Folders
 from training.trainer import Trainer
 
@@ -82,7 +82,7 @@ def blobs(n, overlap=False, seed=0):
     images = rng.integers(0, 60, (n, 8, 8, 1), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
         image[4 * (label // 2) :][:4, 4 * (label % 2) :][:, :4] += 180
-    return Data(images, labels, 2 if overlap else 0, 1, overlap, CLASSES)
+    return Examples(images, labels, 2 if overlap else 0, 1, overlap, CLASSES)
 
 
 def network(seed=0, **settings):

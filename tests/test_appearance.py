@@ -10,24 +10,24 @@ from inputs.appearance import (
     PLAIN,
     Appearance,
     appearance_from,
+    background_of,
     compose_pairs,
-    ground_of,
     measure_appearance,
 )
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 
 pytest_plugins = ["story_fixtures"]
 
 
-def test_the_ground_of_an_image_is_that_of_its_edges():
+def test_the_background_of_an_image_is_that_of_its_edges():
     image = np.zeros((5, 5, 1), np.uint8)
     image[2, 2] = 255
-    assert [ground_of(image), ground_of(255 - image)] == ["dark", "light"]
+    assert [background_of(image), background_of(255 - image)] == ["dark", "light"]
 
 
 @pytest.fixture
 def digits(few):
-    return Data(few.x_train, few.y_train)
+    return Examples(few.x_train, few.y_train)
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def pairs(digits):
     return digits._replace(padding=4, max_shift=4, overlap=True)
 
 
-def test_the_appearance_of_digits_is_their_style_and_their_ground(digits):
+def test_the_appearance_of_digits_is_their_style_and_their_background(digits):
     expected = ink.measure_style(digits.images)
     assert expected is not None
     assert measure_appearance(digits) == Appearance(expected, "dark")
     inverted = digits._replace(images=255 - digits.images)
-    style, ground = measure_appearance(inverted)[:2]
-    assert not style.light_ink and ground == "light"
+    style, background = measure_appearance(inverted)[:2]
+    assert not style.light_ink and background == "light"
 
 
 def test_images_in_colour_are_taken_as_they_are(digits):
@@ -59,11 +59,11 @@ def test_the_pairs_that_are_measured_are_those_of_an_evaluation(pairs):
 
 
 def test_the_ink_of_pairs_is_as_large_and_placed_as_in_most_pairs(pairs, digits):
-    single, (style, ground) = (
+    single, (style, background) = (
         ink.measure_style(digits.images),
         measure_appearance(pairs)[:2],
     )
-    assert ground == "dark" and style.light_ink and style.stroke == single.stroke
+    assert background == "dark" and style.light_ink and style.stroke == single.stroke
     sides, middles = [], []
     for image in compose_pairs(pairs)[..., 0]:
         rows, columns = (np.flatnonzero((image > 51).any(axis=axis)) for axis in (1, 0))

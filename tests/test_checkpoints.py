@@ -15,7 +15,7 @@ from engine import events, folders_in, network, same, state, trainer_in
 from capsnet.config import TrainingConfig
 from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
 from inputs import datasets
-from inputs.pipeline import Data, split_validation
+from inputs.pipeline import Examples, split_validation
 from model import CapsNet
 from training.checkpoints import (
     DAMAGE,
@@ -517,7 +517,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
     metadata = read_metadata(folders.checkpoint, 75)["training"]
     settings = {name: metadata.pop(name) for name in TrainingConfig._fields}
     mnist = datasets.load_dataset("mnist", ROOT / "data")
-    data = Data(mnist.x_train[:96], mnist.y_train[:96])
+    data = Examples(mnist.x_train[:96], mnist.y_train[:96])
     kept, held_out = split_validation(96, settings["seed"])
     net = CapsNet((28, 28, 1), 10, **SIZES)
     trainer = Trainer(

@@ -39,7 +39,7 @@ from commands.evaluate import (
 from commands.evaluate import (
     test as run_test,
 )
-from inputs.pipeline import Data, Plan, evaluation_plan
+from inputs.pipeline import Examples, Plan, evaluation_plan
 from runtime import machine, terminal
 from training.evaluation import Evaluation
 
@@ -127,7 +127,7 @@ def test_the_confusion_counts_are_for_single_digits_with_the_true_classes_down()
 
 def test_the_table_of_predictions_has_a_row_for_each_image_or_for_its_first_pair():
     scores = np.float32([[0.25, 0.5, 0.125, 0]] * 3)
-    data = Data(np.zeros((3, 2, 2, 1), np.uint8), np.array([1, 0, 1]), class_names=CLASSES)
+    data = Examples(np.zeros((3, 2, 2, 1), np.uint8), np.array([1, 0, 1]), class_names=CLASSES)
     plan = Plan(np.array([[0], [1], [2]]), np.zeros((3, 1, 2)))
     header, rows = predictions_table(data, plan, SINGLE._replace(scores=scores))
     lengths = ["length_a", "length_b", "length_c", "length_d"]

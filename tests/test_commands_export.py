@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands.pretrained import find_exported, load_pretrained, pretrained_metadata
 from story import (
     FAST,
     ROOT,
@@ -29,11 +30,10 @@ import utils
 from capsnet import config
 from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from commands.export import check_new, model_card, write_network
-from commands.pretrained import find_exported, load_pretrained, pretrained_metadata
 from commands.session import fingerprint
 from commands.train import make_trainer
 from inputs.appearance import appearance_from, measure_appearance
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 from model import CapsNet
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
@@ -435,7 +435,7 @@ def test_the_weights_that_come_with_the_program_are_those_of_the_default_network
     assert training.get("data_deformation", False) == (not overlap)
     assert training["train_size"] == 0
     mnist = load_all("mnist", ROOT / "data")
-    unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    unseen = Examples(mnist.x_test[:1000], mnist.y_test[:1000])
     if overlap:
         unseen = unseen._replace(
             padding=config.MULTI_PADDING, max_shift=config.MULTI_SHIFT, overlap=True

@@ -33,7 +33,7 @@ from commands.predict import (
 )
 from inputs import datasets
 from inputs.appearance import KEY, compose_pairs, measure_appearance
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 
 pytest_plugins = ["story_fixtures"]
 
@@ -103,13 +103,13 @@ def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
 
 def read(path, x_train):
     """Read an image file for a network trained on images: the Pictures, and what failed."""
-    appearance = measure_appearance(Data(x_train, np.zeros(len(x_train), np.int32)))
+    appearance = measure_appearance(Examples(x_train, np.zeros(len(x_train), np.int32)))
     return read_images([path], x_train.shape[1:], appearance)
 
 
 @pytest.mark.parametrize("light_training", [False, True, None])
 @pytest.mark.parametrize("light_image", [False, True])
-def test_an_image_is_inverted_only_if_its_ground_is_not_that_of_the_training(
+def test_an_image_is_inverted_only_if_its_background_is_not_that_of_the_training(
     tmp_path, few, light_training, light_image
 ):
     x_train = few.x_train.copy()
@@ -211,7 +211,7 @@ def test_the_classes_of_images_are_those_of_the_network(few):
     np.testing.assert_allclose(lengths, expected, atol=1e-6)
     of_longest = decode(network, capsules, expected.argmax(axis=1))
     np.testing.assert_allclose(decoded[:, 0], of_longest, atol=1e-5)
-    _, decoded = classify(network, few.x_test[:6], digits=2)
+    _, decoded = classify(network, few.x_test[:6], per_example=2)
     assert decoded.shape == (6, 2, 28, 28, 1)
     for place in (0, 1):
         of_place = decode(network, capsules, np.argsort(-expected, axis=1)[:, place])

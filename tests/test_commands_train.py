@@ -46,7 +46,7 @@ from commands.train import (
     summarize,
 )
 from inputs import datasets
-from inputs.pipeline import Data, split_validation
+from inputs.pipeline import Examples, split_validation
 from runtime import machine
 from runtime.terminal import Display
 from training.checkpoints import saved_steps
@@ -374,7 +374,7 @@ def test_the_examples_of_an_epoch_show_the_first_images_and_a_tweaked_capsule(fe
     monkeypatch.setattr(
         figures, "save_tweak_overview", lambda *args: drawn.update(tweaks=args) or page + 1
     )
-    network, data = varied_network(), Data(few.x_test, few.y_test)
+    network, data = varied_network(), Examples(few.x_test, few.y_test)
     pictures = draw_examples(network, data)
     assert pictures["reconstructions"] is page and pictures["tweaks"].max() == 1
     canvas = few.x_test[:20] / np.float32(255)
@@ -412,7 +412,7 @@ def write_summary(folder, evaluation, data, path=None):
     return events_of(folder)
 
 
-THREE = Data(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), class_names=("a", "b", "c"))
+THREE = Examples(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), class_names=("a", "b", "c"))
 
 
 def test_the_confusion_matrix_has_true_classes_down_and_predicted_ones_across(

@@ -23,17 +23,17 @@ def one_line(error):
 def test_a_set_of_images_is_dark_or_light_if_nearly_all_of_its_edges_are():
     dark = np.zeros((100, 5, 5, 1), np.uint8)
     dark[:, 2, 2] = 255
-    assert datasets.common_ground(dark) == "dark"
-    assert datasets.common_ground(255 - dark) == "light"
+    assert datasets.common_background(dark) == "dark"
+    assert datasets.common_background(255 - dark) == "light"
     for light, expected in (4, "dark"), (5, None), (50, None), (95, None), (96, "light"):
         mixed = np.concatenate([255 - dark[:light], dark[light:]])
-        assert datasets.common_ground(mixed) == expected, light
+        assert datasets.common_background(mixed) == expected, light
     many = np.concatenate([dark] * 30)
     many[:60] = 255  # 2% of 3,000 images
-    assert datasets.common_ground(many) == "dark"
+    assert datasets.common_background(many) == "dark"
 
 
-# --- Ground ---------------------------------------------------------------------------------------
+# --- Background ---------------------------------------------------------------------------------
 
 
 def dataset_of(images, **options):
@@ -58,7 +58,7 @@ def test_grey_images_of_dark_ink_are_inverted_once_and_a_line_says_so():
     ):
         np.testing.assert_array_equal(array, expected)
     assert data.inverted
-    assert data.notes == ("dark ink on a light ground, so all images are inverted",)
+    assert data.notes == ("dark ink on a light background, so all images are inverted",)
     assert datasets.invert_if_light(data) is data
 
 
@@ -83,46 +83,46 @@ def test_files_of_dark_ink_are_inverted_when_they_are_loaded(tmp_path):
         assert data.inverted and not data.x_train[:, 0].any() and not data.x_test[:, 0].any()
 
 
-def test_parts_with_other_grounds_are_refused():
+def test_parts_with_other_backbackgrounds_are_refused():
     data = dataset_of(inks())
     for change in {"x_test": 255 - data.x_test}, {"x_validation": 255 - data.x_test}:
         part = next(iter(change)).removeprefix("x_")
-        with pytest.raises(UserError, match=f"a dark ground and the {part} images a light one"):
+        with pytest.raises(UserError, match=f"a dark background and the {part} images a light one"):
             datasets.invert_if_light(data._replace(**change))
 
 
-def test_an_even_ground_is_the_colour_of_nearly_all_edges():
-    ground = np.array([250, 240, 30], np.uint8)
-    images = np.tile(ground, (40, 8, 8, 1))
+def test_an_even_background_is_the_colour_of_nearly_all_edges():
+    background = np.array([250, 240, 30], np.uint8)
+    images = np.tile(background, (40, 8, 8, 1))
     images[:, 3:5, 3:5] = 0
-    assert datasets.even_ground(images).tolist() == [250, 240, 30]
+    assert datasets.even_background(images).tolist() == [250, 240, 30]
     noisy = images + np.random.default_rng(0).integers(-5, 6, images.shape, np.int8).astype(
         np.uint8
     )
-    assert np.abs(datasets.even_ground(noisy[..., 2:]).astype(int) - 30).max() <= 2
-    assert datasets.even_ground(inks()).tolist() == [0]
+    assert np.abs(datasets.even_background(noisy[..., 2:]).astype(int) - 30).max() <= 2
+    assert datasets.even_background(inks()).tolist() == [0]
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    assert datasets.even_ground(noise) is None
+    assert datasets.even_background(noise) is None
 
 
-def test_the_known_data_sets_have_a_black_ground_and_are_not_changed():
+def test_the_known_data_sets_have_a_black_background_and_are_not_changed():
     mnist = datasets.load_dataset("mnist", DATA)
-    assert datasets.even_ground(mnist.x_train).tolist() == [0]
-    assert datasets.remove_ground(mnist) is mnist and mnist.notes == ()
+    assert datasets.even_background(mnist.x_train).tolist() == [0]
+    assert datasets.remove_background(mnist) is mnist and mnist.notes == ()
 
 
 def test_only_the_ink_is_left_where_digits_are_overlaid():
     ink = inks(channels=3)
     paper = np.array([230, 220, 200], np.uint8)
     page = np.minimum(255 - ink, paper)  # dark ink on yellow paper
-    data = datasets.remove_ground(dataset_of(page))
+    data = datasets.remove_background(dataset_of(page))
     expected = [[max(0, 255 - int(v) - (255 - int(p))) for v, p in zip(pixel, paper, strict=True)]
                 for pixel in page.reshape(-1, 3)]  # fmt: skip
     assert data.x_train.reshape(-1, 3).tolist() == expected
     assert not data.x_train[:, 0].any() and data.x_train[:, 3, 3].min() > 0
     assert [note.split(", so")[0] for note in data.notes] == [
-        "dark ink on a light ground",
-        "a ground of (25, 35, 55) is subtracted from all images",
+        "dark ink on a light background",
+        "a background of (25, 35, 55) is subtracted from all images",
     ]
     assert data.inverted and data.subtracted == (25, 35, 55)
 

@@ -38,7 +38,7 @@ def loopback_only(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     mnist = download.DATASETS["mnist"]
     labels = tuple(file for file in mnist.files if file.name == LABELS)
-    monkeypatch.setitem(download.DATASETS, "mnist", download.DataSet((), labels))
+    monkeypatch.setitem(download.DATASETS, "mnist", download.Source((), labels))
     monkeypatch.setattr(download, "BACKOFF", 0.01)
     monkeypatch.setattr(download, "TIMEOUT", 5)
 

@@ -14,7 +14,7 @@ import figures
 import ops
 from capsnet import config, errors
 from inputs import datasets
-from inputs.pipeline import Data, batches
+from inputs.pipeline import Examples, batches
 
 ROOT = Path(__file__).parent.parent
 SLANT, THICKNESS, WIDTH, HEIGHT, POSITION = range(5)
@@ -207,7 +207,7 @@ def test_the_pictures_of_pairs_are_those_of_main_py_under_their_own_names(tmp_pa
 def test_the_pairs_to_try_are_the_first_test_pairs():
     mnist = datasets.load_dataset("mnist", ROOT / "data")
     padding, shift = config.MULTI_PADDING, config.MULTI_SHIFT
-    data = Data(mnist.x_test, mnist.y_test, padding, shift, True)
+    data = Examples(mnist.x_test, mnist.y_test, padding, shift, True)
     digits, shifts, labels, _ = next(iter(batches(data, data.evaluation_plan().take(slice(6)), 6)))
     canvas, _ = ops.compose(digits, shifts, padding)
     assert len(list((ROOT / "assets/pairs").iterdir())) == 6

@@ -23,7 +23,7 @@ import ops
 from capsnet import errors
 from capsnet.config import TrainingConfig
 from inputs import datasets
-from inputs.pipeline import Data
+from inputs.pipeline import Examples
 from training.checkpoints import load_weights, saved_steps
 from training.interrupt import Interrupted
 from training.trainer import Trainer
@@ -233,13 +233,13 @@ def test_digits_are_placed_in_the_middle_of_a_larger_canvas_before_they_are_shif
 
 
 def corners(n, seed=0):
-    """Return Data of n noisy images whose bright corner is the class."""
+    """Return Examples of n noisy images whose bright corner is the class."""
     dice = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     images = dice.integers(0, 60, (n, 12, 12, 1), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
         image[6 * (label // 2) :][:6, 6 * (label % 2) :][:, :6] += 180
-    return Data(images, labels, class_names=("a", "b", "c"))
+    return Examples(images, labels, class_names=("a", "b", "c"))
 
 
 def accuracy_by_hand(folder, data):
@@ -714,7 +714,7 @@ def test_a_sweep_changes_its_factor_alone_and_at_rest_nothing(mnist):
 
 
 def test_placed_digits_are_the_same_in_every_call_and_anywhere_within_the_padding():
-    data = Data(np.zeros((500, 28, 28, 1), np.uint8), np.zeros(500, int), 6, 6)
+    data = Examples(np.zeros((500, 28, 28, 1), np.uint8), np.zeros(500, int), 6, 6)
     plan = affine.placed(data)
     np.testing.assert_array_equal(plan.shift, affine.placed(data).shift)
     for axis in (0, 1):

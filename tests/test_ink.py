@@ -221,7 +221,7 @@ def test_ink_is_placed_by_its_mass_or_by_its_bounding_box():
     assert centre_of_mass(by_box)[0] < 12
 
 
-def test_dark_ink_on_a_light_ground_is_the_negative():
+def test_dark_ink_on_a_light_background_is_the_negative():
     strokes = ink.isolate(on_paper(letter((100, 100), 20, 30, 50, 7))).strokes
     light = ink.place(strokes, MNIST_LIKE, SHAPE)
     dark = ink.place(strokes, MNIST_LIKE._replace(light_ink=False), SHAPE)
@@ -323,7 +323,7 @@ def test_images_that_are_no_ink_have_no_style(mnist):
         assert ink.measure_style(images.astype(np.uint8)) is None
 
 
-def test_an_image_follows_a_style_if_its_size_ground_and_place_do(mnist):
+def test_an_image_follows_a_style_if_its_size_background_and_place_do(mnist):
     digits = mnist.x_test[:500]
     assert np.mean([ink.follows(digit, MNIST_LIKE) for digit in digits]) > 0.97
     assert not any(ink.follows(255 - digit, MNIST_LIKE) for digit in digits)

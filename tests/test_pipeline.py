@@ -8,7 +8,14 @@ import ops
 from capsnet import config
 from capsnet.errors import UserError
 from inputs import pipeline
-from inputs.pipeline import Data, Plan, batches, evaluation_plan, split_validation, training_plan
+from inputs.pipeline import (
+    Examples,
+    Plan,
+    batches,
+    evaluation_plan,
+    split_validation,
+    training_plan,
+)
 from utils import random_stream
 
 LABELS = np.random.default_rng(1).integers(0, 10, 3000).astype(np.int32)
@@ -221,14 +228,14 @@ def test_a_part_of_a_plan_has_the_examples_asked_for_in_their_order():
             assert part.shift[row].tolist() == plan.shift[position].tolist()
 
 
-# --- Data -----------------------------------------------------------------------------------------
+# --- Examples -----------------------------------------------------------------------------------
 
 
 def numbered(n, overlap=False):
     """Images in which every pixel is the image's number, with labels that follow from it."""
     numbers = np.arange(n, dtype=np.uint8)
     images = np.broadcast_to(numbers[:, None, None, None], (n, 5, 4, 1)).copy()
-    return Data(images, numbers % 3, padding=4, max_shift=2, overlap=overlap)
+    return Examples(images, numbers % 3, padding=4, max_shift=2, overlap=overlap)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -236,7 +243,7 @@ def test_data_know_the_shape_of_an_example(overlap):
     data = numbered(6, overlap)
     assert data.digits_per_example == (2 if overlap else 1)
     assert data.canvas_shape() == (5 + 4 + 4, 4 + 4 + 4, 1)
-    assert Data(np.zeros((2, 7, 9, 3), np.uint8), np.zeros(2)).canvas_shape() == (7, 9, 3)
+    assert Examples(np.zeros((2, 7, 9, 3), np.uint8), np.zeros(2)).canvas_shape() == (7, 9, 3)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -371,8 +378,8 @@ def test_each_replica_gets_its_consecutive_part_of_every_batch(
 def test_a_plan_names_its_arrays():
     plan = Plan(index=np.array([[1]]), shift=np.array([[[2, 3]]]))
     data = numbered(3)
-    ((digits, shift, labels, weight),) = batches(data, plan, 1).as_numpy_iterator()
-    assert (digits == 1).all() and shift.tolist() == [[[2, 3]]]
+    ((images, shift, labels, weight),) = batches(data, plan, 1).as_numpy_iterator()
+    assert (images == 1).all() and shift.tolist() == [[[2, 3]]]
     assert labels.tolist() == [[1]] and weight.tolist() == [1]
 
 
@@ -381,24 +388,24 @@ def test_batches_follow_the_strategy_in_whose_scope_they_are_made(monkeypatch):
     monkeypatch.setattr(pipeline.tf.distribute, "get_strategy", lambda: strategy)
     data = numbered(4)
     (elements,) = batches(data, data.evaluation_plan(), 4)
-    numbers = [digits[:, 0, 0, 0, 0].tolist() for digits, *_ in elements]
+    numbers = [images[:, 0, 0, 0, 0].tolist() for images, *_ in elements]
     assert numbers == [[0, 1], [2, 3]]
 
 
-# --- Ground ---------------------------------------------------------------------------------------
+# --- Background ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ground", [None, [0, 0, 0], [250, 240, 30]])
-def test_shifts_fill_in_the_ground_of_the_data(ground):
+@pytest.mark.parametrize("background", [None, [0, 0, 0], [250, 240, 30]])
+def test_shifts_fill_in_the_background_of_the_data(background):
     stream = np.random.default_rng(0)
     images = stream.integers(0, 256, (9, 7, 6, 3), np.uint8)
-    colour = None if ground is None else np.array(ground, np.uint8)
-    data = Data(images, np.arange(9) % 3, max_shift=2, ground=colour)
+    colour = None if background is None else np.array(background, np.uint8)
+    data = Examples(images, np.arange(9) % 3, max_shift=2, background=colour)
     plan = data.training_plan(seed=0, epoch=0)
     (batch,) = batches(data, plan, 9)
     canvas, shifted = ops.compose(batch[0], batch[1], (7 - batch[0].shape[2]) // 2)
     expected = np.zeros((9, 7, 6, 3))
-    expected[:] = ground or 0
+    expected[:] = background or 0
     for number, ((index,), ((down, right),)) in enumerate(zip(plan.index, plan.shift, strict=True)):
         for y in range(7):
             for x in range(6):
@@ -410,7 +417,7 @@ def test_shifts_fill_in_the_ground_of_the_data(ground):
 
 def test_images_on_black_are_passed_on_without_a_margin():
     images = np.full((3, 4, 4, 1), 9, np.uint8)
-    for ground in None, np.zeros(1, np.uint8):
-        data = Data(images, np.arange(3), max_shift=2, ground=ground)
+    for background in None, np.zeros(1, np.uint8):
+        data = Examples(images, np.arange(3), max_shift=2, background=background)
         digits, *_ = next(iter(batches(data, data.training_plan(0, 0), 3)))
         np.testing.assert_array_equal(digits[:, 0], images)

@@ -558,9 +558,9 @@ def test_the_validation_images_of_a_data_set_are_those_of_validation_check(
     assert again.metadata["training"]["validation_data"] != first
 
 
-def ink_files(folder, invert=False, channels=1, ground=0):
-    """A .npz file of light ink on a dark ground, or inverted."""
-    images = np.full((24, 20, 20, channels), ground, np.uint8)
+def ink_files(folder, invert=False, channels=1, background=0):
+    """A .npz file of light ink on a dark background, or inverted."""
+    images = np.full((24, 20, 20, channels), background, np.uint8)
     images[:, 5:15, 9:11] = 255
     images = 255 - images if invert else images
     labels = np.arange(24) % 2
@@ -580,15 +580,15 @@ def test_overlapping_digits_of_dark_ink_are_overlaid_by_their_ink(
     assert not data.images[:, 0].any() and (data.images[:, 5:15, 9:11] == 255).all()
 
 
-def test_coloured_images_shift_on_the_ground_of_their_set(tmp_path, monkeypatch):
+def test_coloured_images_shift_on_the_background_of_their_set(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_all)
     monkeypatch.chdir(tmp_path)
-    images = ink_files(tmp_path, invert=True, channels=3, ground=20)
+    images = ink_files(tmp_path, invert=True, channels=3, background=20)
     session = session_of(*FAST, "--dataset=a.npz", "--data_deformation")
     np.testing.assert_array_equal(session.train_data.images, images)
-    assert session.train_data.ground.tolist() == [235, 235, 235]
+    assert session.train_data.background.tolist() == [235, 235, 235]
     assert make_trainer(session, print).metadata["training"]["ground"] == [235, 235, 235]
-    assert session.test_data.ground is None  # which is not shifted
+    assert session.test_data.background is None  # which is not shifted
 
 
 def test_grey_images_of_dark_ink_are_inverted_and_the_run_says_so(tmp_path, monkeypatch):
@@ -606,7 +606,9 @@ def test_grey_images_of_dark_ink_are_inverted_and_the_run_says_so(tmp_path, monk
         if inverted:
             other.load()
             continue
-        with pytest.raises(UserError, match="trained on dark ink on a light ground.*train again"):
+        with pytest.raises(
+            UserError, match="trained on dark ink on a light background.*train again"
+        ):
             other.load()
 
 

@@ -33,7 +33,7 @@ from engine import (
 from capsnet.config import TrainingConfig
 from capsnet.errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
 from inputs import datasets
-from inputs.pipeline import Data, batches
+from inputs.pipeline import Examples, batches
 from model import CapsNet
 from training.checkpoints import Checkpoints, load_weights, read_metadata, saved_steps
 from training.evaluation import Evaluation, Evaluator
@@ -760,8 +760,8 @@ def test_numbers_that_are_not_finite_stop_the_training_and_are_never_saved(
 
 def test_a_small_capsule_network_learns_4000_digits_and_reads_nine_of_ten_unseen_ones(tmp_path):
     mnist = datasets.load_dataset("mnist", ROOT / "data")
-    data = Data(mnist.x_train[:4000], mnist.y_train[:4000], 0, 2)
-    unseen = Data(mnist.x_test[:1000], mnist.y_test[:1000])
+    data = Examples(mnist.x_train[:4000], mnist.y_train[:4000], 0, 2)
+    unseen = Examples(mnist.x_test[:1000], mnist.y_test[:1000])
     keras.utils.set_random_seed(0)
     net = CapsNet(
         (28, 28, 1), 10, n_conv=24, n_primary=4, digit_dim=8, decoder_units=(64, 128), conv="dft"

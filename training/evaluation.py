@@ -66,7 +66,7 @@ class Evaluator:
         """Evaluate all examples of a plan.
 
         Args:
-            data: Data.
+            data: Examples.
             plan: Plan for this data.
             on_batch: called after each batch with the number of examples done.
 

@@ -48,11 +48,11 @@ class Trainer:
 
     Args:
         network: see the top of this file.
-        data: Data to train on.
+        data: Examples to train on.
         config: TrainingConfig.
         folders: Folders.
         metadata: dict of what else a resumed run must share with its beginning.
-        validation: Data to choose the best weights by, or None.
+        validation: Examples to choose the best weights by, or None.
         jit: whether XLA compiles the step.
         strategy: tf.distribute.Strategy in whose scope the network was created, or None.
         report: takes a line of text for the user.

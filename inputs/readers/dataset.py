@@ -20,7 +20,7 @@ class Dataset(NamedTuple):
     test_files: tuple[str, ...] | None = None  # image files in a folder, in the order of x_test
     held_out_seed: int | None = None  # that drew the test images, if the folder had none
     inverted: bool = False  # whether light and dark were swapped
-    subtracted: tuple[int, ...] | None = None  # colour of the ground that was subtracted
+    subtracted: tuple[int, ...] | None = None  # colour of the background that was subtracted
 
     def map_images(self, function):
         """Return the same data set with a function applied to each array of images."""

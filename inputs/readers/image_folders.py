@@ -36,50 +36,50 @@ def natural_key(name):
     return parts, name
 
 
-class Part(NamedTuple):
-    """The examples of one split."""
+class Split(NamedTuple):
+    """The images of one split, such as those to train on."""
 
     images: np.ndarray  # uint8 (N, H, W, C)
     labels: np.ndarray  # int32 (N,)
     files: np.ndarray  # N paths
 
     def take(self, indices):
-        """Return the examples of these indices."""
-        return Part(*(array[indices] for array in self))
+        """Return the images of these indices."""
+        return Split(*(array[indices] for array in self))
 
 
 def read_folders(folder, image_size, seed):
     """Read a Dataset from train/CLASS/* and test/CLASS/*, or from CLASS/*, in natural order."""
     names, files, skipped = _list_files(folder)
-    parts, notes, held_out_seed = _read_parts(files, image_size), [], None
+    splits, notes, held_out_seed = _read_splits(files, image_size), [], None
     if skipped:
         kinds = (f"{count} {kind}" for kind, count in sorted(skipped.items()))
         notes.append(f"left out: {', '.join(kinds)}")
     if image_size is not None:
         notes.append(f"images made to fit {image_size[0]}x{image_size[1]} pixels")
-    if "test" not in parts:
-        train, held_out_seed = parts["train"], seed
+    if "test" not in splits:
+        train, held_out_seed = splits["train"], seed
         kept, held_out = _hold_out(folder, train.labels, seed)
-        parts["train"], parts["test"] = train.take(kept), train.take(held_out)
+        splits["train"], splits["test"] = train.take(kept), train.take(held_out)
         notes.append(
             f"no train and test folders, so {len(held_out)} of {len(train.labels)} images, drawn "
             f"by seed {seed}, are held out as test images"
         )
-    for split, part in parts.items():
-        if missing := sorted(set(range(len(names))) - set(part.labels.tolist())):
-            notes.append(f"no {split} images of {_listed([names[label] for label in missing])}")
-        order = random_stream(0, 0, f"folder {split}").permutation(len(part.labels))
-        parts[split] = part.take(order)
-    validation = parts.get("validation")
+    for name, split in splits.items():
+        if missing := sorted(set(range(len(names))) - set(split.labels.tolist())):
+            notes.append(f"no {name} images of {_listed([names[label] for label in missing])}")
+        order = random_stream(0, 0, f"folder {name}").permutation(len(split.labels))
+        splits[name] = split.take(order)
+    validation = splits.get("validation")
     return Dataset(
         printable(folder.resolve().name),
-        *parts["train"][:2],
-        *parts["test"][:2],
+        *splits["train"][:2],
+        *splits["test"][:2],
         class_names=tuple(map(printable, names)),
         notes=tuple(notes),
         x_validation=validation.images if validation else None,
         y_validation=validation.labels if validation else None,
-        test_files=tuple(printable(str(path)) for path in parts["test"].files),
+        test_files=tuple(printable(str(path)) for path in splits["test"].files),
         held_out_seed=held_out_seed,
     )
 
@@ -194,7 +194,7 @@ def _files_of(place, names, skipped):
 
 
 def _is_image(path, suffixes, skipped):
-    """Tell whether a file is to be read; count it by its kind if not."""
+    """Return whether a file is to be read; count it by its kind if not."""
     if path.name.startswith("."):
         skipped["hidden (a dot first)"] += 1
     elif path.is_dir():
@@ -214,15 +214,15 @@ def _listed(names):
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _read_parts(files, image_size):
+def _read_splits(files, image_size):
     """Read the image files of all splits.
 
     Args:
-        files: lists of (path, label) by split.
+        files: lists of (path, label) by the name of the split.
         image_size: (H, W) to make all images fit, or None if they are of one size.
 
     Returns:
-        Parts by split.
+        Splits by name.
 
     Raises:
         UserError: some files cannot be read; it names the first of them.
@@ -231,12 +231,12 @@ def _read_parts(files, image_size):
     images = _read_images([path for listed in files.values() for path, _ in listed], image_size)
     channels = max(image.shape[-1] for image in images)
     images = iter([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
-    parts = {}
-    for split, listed in files.items():
+    splits = {}
+    for name, listed in files.items():
         paths, labels = zip(*listed, strict=True)
         stack = np.stack([next(images) for _ in paths])
-        parts[split] = Part(stack, np.array(labels, np.int32), np.array(paths, object))
-    return parts
+        splits[name] = Split(stack, np.array(labels, np.int32), np.array(paths, object))
+    return splits
 
 
 def _read_images(paths, image_size):

@@ -122,7 +122,7 @@ def _white_of(dtype, largest):
 
 
 def _may_be_dark(largest, white):
-    """Tell whether test images up to `largest` fit training images up to `white`."""
+    """Return whether test images up to `largest` fit training images up to `white`."""
     below = max((other for other in _WHITES if other < white), default=0)
     return largest == 0 or below < largest <= white
 
@@ -186,7 +186,7 @@ def _whole_labels(path, name, labels, count, notes):
 
 
 def _is_one_hot(rows):
-    """Tell whether each row has a single 1 and else only zeros."""
+    """Return whether each row has a single 1 and else only zeros."""
     return bool((np.count_nonzero(rows, axis=1) == 1).all() and (rows.max(axis=1) == 1).all())
 
 
