@@ -127,6 +127,21 @@ class CapsNet(Network):
         capsules = self.capsules(images)
         return ops.length(capsules), capsules
 
+    def serve(self, images, k=1):
+        """Compute what an exported network returns, with reconstructions of the k longest capsules.
+
+        Args:
+            images: (B, H, W, C), floats from 0 to 1.
+            k: K, digits in an image.
+
+        Returns:
+            Dict of lengths (B, J), capsules (B, J, D) and reconstructions (B, K, H, W, C).
+        """
+        lengths, capsules = self(images)
+        mask = ops.label_mask(ops.longest(lengths, k), lengths.shape[1])
+        decoded = self.decoder(capsules, mask)
+        return {"lengths": lengths, "capsules": capsules, "reconstructions": decoded}
+
     def reconstruct(self, images=None, *, capsules=None, classes=None):
         """Reconstruct images from one capsule each, or from capsules that are given.
 

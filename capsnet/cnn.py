@@ -103,6 +103,10 @@ class CNN(Network):
         self.check_images(images)
         return self.probabilities(self.logits(images))
 
+    def serve(self, images, k=1):
+        """Compute what an exported network returns: a dict of probabilities (B, J)."""
+        return {"probabilities": self(images)}
+
     def probabilities(self, logits):
         """Turn logits into probabilities: a softmax, or a sigmoid for each of several digits."""
         return tf.nn.sigmoid(logits) if self.config.n_digits > 1 else tf.nn.softmax(logits)

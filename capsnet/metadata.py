@@ -38,13 +38,18 @@ def complete(metadata):
     for field in dataclasses.fields(config) if config else ():
         if field.default is not dataclasses.MISSING:
             shape.setdefault(field.name, field.default)
-    training = _TRAINING | metadata["training"]
-    training.setdefault("multi_shift", MULTI_SHIFT if training["multi_MNIST"] else None)
-    training.setdefault("class_names", CLASS_NAMES.get(training.get("dataset")))
-    completed = metadata | {"shape": shape, "training": training}
+    completed = metadata | {"shape": shape, "training": complete_training(metadata["training"])}
     if "appearance" in metadata:
         completed["appearance"] = _APPEARANCE | metadata["appearance"]
     return json.loads(json.dumps(completed))  # tuples as lists, as in a file
+
+
+def complete_training(training):
+    """Return the settings of a training run with those that older versions left out."""
+    training = _TRAINING | training
+    training.setdefault("multi_shift", MULTI_SHIFT if training["multi_MNIST"] else None)
+    training.setdefault("class_names", CLASS_NAMES.get(training.get("dataset")))
+    return training
 
 
 def differences(old, new):

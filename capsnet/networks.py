@@ -29,6 +29,7 @@ class NetworkConfig:
     """What all networks have: the images and classes that they are for."""
 
     network: ClassVar[str]  # its name on the command line and in files
+    score: ClassVar[str]  # what classes are ranked by
     loss_terms: ClassVar[tuple]  # names; TrainingConfig has the weights, as NAME_weight, else 1
 
     image_shape: tuple  # (H, W, C)
@@ -83,6 +84,7 @@ class CapsNetConfig(NetworkConfig):
     """
 
     network = "capsnet"
+    score = "length"
     loss_terms = ("margin", "reconstruction")
 
     n_conv: int = setting(256, (1, 4096), "filters of the first convolution")
@@ -176,6 +178,7 @@ class CNNConfig(NetworkConfig):
     """
 
     network = "cnn"
+    score = "probability"
     loss_terms = ("cross_entropy",)
 
     architecture: str = setting(

@@ -9,49 +9,70 @@ import numpy as np
 import figures
 import utils
 from capsnet.config import TrainingConfig
-from commands.pictures import outputs_of
-from commands.train import summarize
+from commands.data import run_folders, run_name
+from commands.reports import outputs_of, summarize, training_seconds
 from runtime.machine import provenance
 from runtime.terminal import Display, report_written
 from training.evaluation import BATCH_SIZE, Evaluator
-from training.events import read_scalars, replacing_events, write_scalars
+from training.events import replacing_events, write_scalars
 
 RIGHT_PAIRS, WRONG_PAIRS = 14, 6  # on the sheet of overlapping digits
 
 
-def test(session):
-    """Measure and print accuracy and losses; write files to LOGDIR/RUN and pictures of errors."""
-    plan = session.test_data.evaluation_plan(session.flags.multi_test_pairs)
-    evaluation, images_per_second = measure(session, plan)
-    if not session.chief:
+def test(flags, argv, devices, data, weights):
+    """Measure and print accuracy and losses; write files to LOGDIR/RUN and pictures of errors.
+
+    Args:
+        flags: values of the flags.
+        argv: the command line.
+        devices: Devices.
+        data: CommandData.
+        weights: Weights.
+    """
+    plan = data.test.evaluation_plan(flags.multi_test_pairs)
+    evaluation, images_per_second = measure(weights.network, devices, data.test, plan)
+    if not devices.chief:
         return
-    result = make_result(session, evaluation, images_per_second)
-    print_result(result, evaluation, session.test_data.overlap)
-    folder, samples = session.folders.logs, Path(session.flags.sample_dir)
-    test_files = session.dataset.test_files
-    header, rows = predictions_table(session.test_data, plan, evaluation, test_files)
+    folder, samples = run_folders(flags).logs, Path(flags.sample_dir)
+    result = make_result(weights, evaluation, data.class_names)
+    result |= {
+        "images_per_second": images_per_second,
+        "dataset": run_name(flags),
+        **describe_weights(weights, folder),
+        "flags": flags.flag_values_dict(),
+        "command": shlex.join(argv),
+        **provenance(),
+    }
+    print_result(result, evaluation, data.test.overlap)
+    header, rows = predictions_table(data.test, plan, evaluation, data.dataset.test_files)
     utils.write_csv(folder / "predictions.csv", header, rows)
     utils.write_json(folder / "test.json", result)
-    matrix = samples / "confusion_matrix.png"
-    with replacing_events(folder / "test", "evaluation", session.metadata["step"]):
+    matrix, names = samples / "confusion_matrix.png", figures.drawable_names(data.class_names)
+    with replacing_events(folder / "test", "evaluation", weights.metadata["step"]):
         write_scalars(result["total_loss"], evaluation.losses, evaluation.accuracy)
-        summarize(evaluation, session.test_data, matrix)
-    if session.test_data.overlap:
-        pictures = [save_multi_sheet(session, plan, evaluation)]
-    else:
-        pictures = [matrix, save_misclassified(session, plan, evaluation)]
-    pictures.append(save_lengths(session, evaluation))
+        summarize(evaluation, data.test, weights.network.config.score, matrix)
+    has_capsules = weights.network.config.network == "capsnet"
+    pictures = []
+    if not data.test.overlap:
+        path = samples / "misclassified.png"
+        save_misclassified(path, data.test, plan, evaluation, names)
+        pictures = [matrix, path]
+    elif has_capsules:
+        pictures = [samples / "multi_MNIST.png"]
+        save_multi_sheet(pictures[0], weights.network, data.test, plan, evaluation, names)
+    if has_capsules:
+        pictures.append(samples / "capsule_lengths.png")
+        save_lengths(pictures[-1], evaluation)
     report_written([folder / "test.json", folder / "predictions.csv", *pictures])
 
 
-def measure(session, plan):
+def measure(network, devices, data, plan):
     """Evaluate the test images of a plan.
 
     Returns:
         Evaluation, and images per second without the time to compile.
     """
-    data = session.test_data
-    evaluator = Evaluator(session.network, session.jit, session.strategy)
+    evaluator = Evaluator(network, devices.jit, devices.strategy)
     evaluator.evaluate(data, plan.take(slice(BATCH_SIZE)))  # compiles
     began, total = time.perf_counter(), len(plan.index)
     with Display() as display:
@@ -142,46 +163,32 @@ def predictions_table(data, plan, evaluation, test_files=None):
     return header, rows
 
 
-def make_result(session, evaluation, images_per_second):
-    """Return the contents of test.json: accuracies, losses, settings, and how they were made."""
-    training = session.metadata["training"]
+def make_result(weights, evaluation, class_names):
+    """Return the accuracies and losses of test.json."""
     wrong, images = int(np.sum(~evaluation.correct)), len(evaluation.correct)
-    weights = TrainingConfig(
-        **{name: training[name] for name in TrainingConfig._fields if name in training}
-    )
+    known = {name: weights.training.get(name) for name in TrainingConfig._fields}
+    training = TrainingConfig(**{name: value for name, value in known.items() if value is not None})
     return {
         "accuracy": evaluation.accuracy,
         "error_percent": 100 * wrong / images,
         "wrong": wrong,
         "images": images,
         "digit_accuracy": float(digits_right(evaluation).mean()),
-        "margin_loss": evaluation.losses["margin"],
-        "reconstruction_loss": evaluation.losses["reconstruction"],
-        "total_loss": weights.total_loss(evaluation.losses),
-        **scores_per_class(evaluation, session.dataset.class_names),
-        **confusion(evaluation, session.dataset.class_names),
-        "images_per_second": images_per_second,
-        "dataset": session.name,
-        "checkpoint_step": session.metadata["step"],
-        "seed": training["seed"],
-        "training": training,
-        "training_seconds": training_seconds(session),
-        "flags": session.flags.flag_values_dict(),
-        "command": shlex.join(session.argv),
-        **provenance(),
-        "commit": session.commit,
+        **{f"{name}_loss": loss for name, loss in evaluation.losses.items()},
+        "total_loss": training.total_loss(evaluation.losses),
+        **scores_per_class(evaluation, class_names),
+        **confusion(evaluation, class_names),
     }
 
 
-def training_seconds(session):
-    """Return how long the weights were trained, by their events; None if these are gone."""
-    if "seconds" in session.metadata:
-        return session.metadata["seconds"]
-    step = session.metadata["step"]
-    scalars, seconds = read_scalars(session.folders.logs / "train", step)
-    steps = scalars.get("loss/total", ([],))[0]
-    complete = len(steps) > 0 and (steps[0], steps[-1]) == (1, step)
-    return seconds if complete else None
+def describe_weights(weights, logs):
+    """Return which weights a test is of."""
+    return {
+        "checkpoint_step": weights.metadata["step"],
+        "seed": weights.training["seed"],
+        "training": weights.training,
+        "training_seconds": training_seconds(weights.metadata, logs),
+    }
 
 
 def print_result(result, evaluation, overlap):
@@ -194,9 +201,12 @@ def print_result(result, evaluation, overlap):
         f"Test accuracy {100 * result['accuracy']:.2f}%{digits}, error "
         f"{result['error_percent']:.2f}%, {result['wrong']} of {result['images']} {pairs}wrong"
     )
+    losses = [
+        f"{name.replace('_', ' ')} loss {loss:.{3 if name == 'reconstruction' else 5}f}, "
+        for name, loss in evaluation.losses.items()
+    ]
     print(
-        f"Margin loss {result['margin_loss']:.5f}, reconstruction loss "
-        f"{result['reconstruction_loss']:.3f}, total {result['total_loss']:.5f}; "
+        f"{''.join(losses).capitalize()}total {result['total_loss']:.5f}; "
         f"{result['images_per_second']:.0f} images/s"
     )
     shares = result["accuracy_per_class"].items()
@@ -204,34 +214,30 @@ def print_result(result, evaluation, overlap):
     print("Accuracy per class: " + ", ".join(tested))
 
 
-def save_misclassified(session, plan, evaluation):
-    """Draw the misclassified images with their numbers in the test set; return the file."""
-    path = Path(session.flags.sample_dir) / "misclassified.png"
+def save_misclassified(path, data, plan, evaluation, names):
+    """Draw the misclassified images with their numbers in the test set."""
     wrong = ~evaluation.correct
     numbers = plan.index[wrong, 0]
     figures.save_misclassified(
         path,
-        session.test_data.images[numbers],
+        data.images[numbers],
         numbers,
         evaluation.labels[wrong, 0],
         evaluation.predictions[wrong, 0],
         evaluation.scores[wrong],
-        figures.drawable_names(session.dataset.class_names),
+        names,
     )
-    return path
 
 
-def save_lengths(session, evaluation):
-    """Draw how long the capsules of present and of absent classes are; return the file."""
-    path = Path(session.flags.sample_dir) / "capsule_lengths.png"
+def save_lengths(path, evaluation):
+    """Draw how long the capsules of present and of absent classes are."""
     classes = np.arange(evaluation.scores.shape[1])
     present = (evaluation.labels[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
     figures.save_length_histogram(path, evaluation.scores[present], evaluation.scores[~present])
-    return path
 
 
-def save_multi_sheet(session, plan, evaluation):
-    """Draw the first right pairs and the first wrong ones (figure 5); return the file."""
+def save_multi_sheet(path, network, data, plan, evaluation, names):
+    """Draw the first right pairs and the first wrong ones (figure 5)."""
     right = np.flatnonzero(evaluation.correct)
     wrong = np.flatnonzero(~evaluation.correct)
     chosen = np.concatenate([right[:RIGHT_PAIRS], wrong[:WRONG_PAIRS]])
@@ -240,8 +246,7 @@ def save_multi_sheet(session, plan, evaluation):
         f"{len(right[:RIGHT_PAIRS])} right ones, then the first {len(wrong[:WRONG_PAIRS])} wrong "
         "ones"
     )
-    outputs, _ = outputs_of(session.network, session.test_data, plan.take(chosen))
-    path = Path(session.flags.sample_dir) / "multi_MNIST.png"
+    outputs, _ = outputs_of(network, data, plan.take(chosen))
     figures.save_multi(
         path,
         title,
@@ -249,6 +254,5 @@ def save_multi_sheet(session, plan, evaluation):
         outputs.without_label,
         evaluation.labels[chosen],
         evaluation.predictions[chosen],
-        figures.drawable_names(session.dataset.class_names),
+        names,
     )
-    return path

@@ -10,33 +10,40 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import ops
-from capsnet import config
 from capsnet.errors import UserError
-from commands.evaluate import training_seconds
+from capsnet.metadata import complete_training
+from commands.data import run_folders, run_name
+from commands.reports import training_seconds
+from commands.weights import appearance_of
 from inputs.appearance import KEY, PLAIN
-from model import CapsNet
+from model import build
 from runtime.terminal import report_written
 from training.checkpoints import METADATA, by_path
 from utils import ROOT
 
 
-def export(session):
+def export(flags, weights):
     """Write the network to a new folder, with a card that says what it is.
 
     Raises:
         UserError: the folder is not new, or cannot be written.
     """
-    folder, result = Path(session.flags.export), None
+    folder, logs, result = Path(flags.export), run_folders(flags).logs, None
     with contextlib.suppress(OSError, ValueError):
-        result = json.loads((session.folders.logs / "test.json").read_text("utf-8"))
-    metadata = session.metadata | {"seconds": training_seconds(session)}
-    if session.appearance != PLAIN:  # checkpoints of earlier versions do not say it
-        metadata[KEY] = session.appearance.to_metadata()
-    card = model_card(session, metadata, result)
-    write_network(session.network, folder, metadata, card, session.digits_per_example)
-    names = ("capsnet.keras", "saved_model", "weights.npz", "README.md")
+        result = json.loads((logs / "test.json").read_text("utf-8"))
+    metadata = weights.metadata | {"seconds": training_seconds(weights.metadata, logs)}
+    appearance = appearance_of(flags, weights)
+    if appearance != PLAIN:  # checkpoints of earlier versions do not say it
+        metadata[KEY] = appearance.to_metadata()
+    card = model_card(run_name(flags), weights, metadata, result)
+    write_network(weights.network, folder, metadata, card, weights.digits_per_example)
+    names = (keras_file(weights.network), "saved_model", "weights.npz", "README.md")
     report_written([folder / name for name in names])
+
+
+def keras_file(network):
+    """Return the name of the file that Keras loads."""
+    return f"{network.config.network}.keras"
 
 
 def check_new(folder):
@@ -52,9 +59,9 @@ def write_network(network, folder, metadata, card, digits=1):
     """Write a network to a new folder, all of it or nothing.
 
     Args:
-        network: CapsNet. It is written with direct convolutions, which run on any machine.
-        folder: gets capsnet.keras (needs ops and model to be imported), saved_model (needs only
-            TensorFlow), weights.npz (float16, for `load_pretrained`) and README.md.
+        network: it is written with direct convolutions, which run on any machine.
+        folder: gets capsnet.keras or cnn.keras (needs ops and model to be imported), saved_model
+            (needs only TensorFlow), weights.npz (float16, for `load_exported`) and README.md.
         metadata: metadata of the checkpoint.
         card: text of README.md.
         digits: K, in each image.
@@ -64,7 +71,7 @@ def write_network(network, folder, metadata, card, digits=1):
     """
     check_new(folder)
     folder = Path(folder)
-    portable = CapsNet(**network.settings | {"conv": "direct"}, dtype="float32")
+    portable = build(network.config, initialization=network.initialization)
     portable.set_weights(network.get_weights())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -72,7 +79,7 @@ def write_network(network, folder, metadata, card, digits=1):
         archive_with_endpoint(portable, digits).write_out(
             str(unfinished / "saved_model"), verbose=False
         )
-        portable.save(unfinished / "capsnet.keras")
+        portable.save(unfinished / keras_file(network))
         halves = {
             path: value.numpy().astype(np.float16)
             for path, value in by_path(network.variables).items()
@@ -85,71 +92,73 @@ def write_network(network, folder, metadata, card, digits=1):
 
 
 def archive_with_endpoint(network, digits):
-    """Return an ExportArchive that serves lengths, capsules and reconstructions of images.
+    """Return an ExportArchive that serves what `network.serve` returns.
 
     Args:
-        network: CapsNet.
-        digits: K, how many of the longest capsules are reconstructed.
+        network: of any kind.
+        digits: K, digits in each image.
     """
 
     def serve(images):
-        lengths, capsules = network(images)
-        mask = ops.label_mask(ops.longest(lengths, digits), lengths.shape[1])
-        return {
-            "lengths": lengths,
-            "capsules": capsules,
-            "reconstructions": network.decoder(capsules, mask),
-        }
+        return network.serve(images, digits)
 
     archive = keras.export.ExportArchive()
     archive.track(network)
-    shape = (None, *network.settings["image_shape"])
+    shape = (None, *network.config.image_shape)
     archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
     return archive
 
 
-def model_card(session, metadata, result):
-    """Describe a network in Markdown: its training, what it reaches and how to load it.
+def model_card(name, weights, metadata, result):
+    """Describe a network in Markdown: its training run, what it reaches and how to load it.
 
     Args:
-        session: Session.
-        metadata: metadata of the weights, with the seconds of their training.
+        name: of the run.
+        weights: Weights.
+        metadata: that of the weights, with the seconds of their training run.
         result: contents of test.json, or None; quoted if it is of these weights.
     """
-    training, (height, width, channels) = metadata["training"], metadata["shape"]["image_shape"]
-    tested = result and (result["checkpoint_step"], result["training"])
-    if tested == (metadata["step"], training):
-        measured = (
-            f"{result['error_percent']:.2f}% error ({result['wrong']:,} of "
-            f"{result['images']:,} wrong), {result['date'][:10]}, TensorFlow "
-            f"{result['versions']['tensorflow']}."
-        )
-    else:
-        measured = "Not measured: these weights were exported without a test."
+    training, config = metadata["training"], weights.network.config
+    height, width, channels = config.image_shape
+    pairs = training["multi_MNIST"]
     duration = f" in {metadata['seconds'] / 60:.0f} minutes" if metadata["seconds"] else ""
-    if training.get("initial_weights"):
+    if training["initial_weights"]:
         duration += ", starting with exported weights"
     settings = metadata["shape"] | training
-    if session.flags.multi_MNIST:
-        settings.setdefault("multi_shift", config.MULTI_SHIFT)  # not named if it is the default
-        measured += "\nA pair of digits is wrong if at least one of them is."
+    rows = {key: value for key, value in settings.items() if value not in (None, [], "")}
+    template = ROOT / "assets" / f"model_card_{config.network}.md"
+    return template.read_text("utf-8").format(
+        name=name,
+        parameters=f"{weights.network.count_params():,}",
+        steps=f"{metadata['step']:,}",
+        seconds=duration,
+        height=height,
+        width=width,
+        channels=channels,
+        figures=measured(metadata, result),
+        dims=settings.get("digit_dim"),
+        shown=weights.digits_per_example,
+        classes=config.n_classes,
+        names=", ".join(weights.class_names),
+        overlap=" --multi_MNIST" if pairs else "",
+        settings="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+
+
+def measured(metadata, result):
+    """Say what a test of weights measured, or that none did.
+
+    Args:
+        metadata: that of the weights.
+        result: contents of test.json, or None.
+    """
+    tested = result and (result["checkpoint_step"], complete_training(result["training"]))
+    pairs = "\nA pair of digits is wrong if at least one of them is."
+    ending = pairs if metadata["training"]["multi_MNIST"] else ""
+    if tested != (metadata["step"], metadata["training"]):
+        return f"Not measured: these weights were exported without a test.{ending}"
     return (
-        (ROOT / "assets" / "model_card.md")
-        .read_text("utf-8")
-        .format(
-            name=session.name,
-            parameters=f"{session.network.count_params():,}",
-            steps=f"{metadata['step']:,}",
-            seconds=duration,
-            height=height,
-            width=width,
-            channels=channels,
-            figures=measured,
-            dims=metadata["shape"]["digit_dim"],
-            shown=session.digits_per_example,
-            classes=len(session.class_names),
-            names=", ".join(session.class_names),
-            overlap=" --multi_MNIST" if session.flags.multi_MNIST else "",
-            settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
-        )
+        f"{result['error_percent']:.2f}% error ({result['wrong']:,} of "
+        f"{result['images']:,} wrong), {result['date'][:10]}, TensorFlow "
+        f"{result['versions']['tensorflow']}.{ending}"
     )

@@ -3,29 +3,30 @@
 from pathlib import Path
 
 import figures
-from inputs.pipeline import batches
-from model import TWEAKS, Outputs, uncompiled
+from capsnet.errors import UserError
+from commands.data import run_folders
+from commands.reports import outputs_of, show_picture
+from model import TWEAKS
 from runtime.terminal import report_written
 
 GRID_IMAGES = 64
 
 
-def outputs_of(network, data, plan):
-    """Run a network on the examples of a plan of the data, all in one batch.
-
-    Returns:
-        Outputs as arrays, and the labels (B, K).
-    """
-    batch = next(iter(batches(data, plan, len(plan.index))))
-    outputs = network.outputs(batch, network.spectra(), uncompiled)
-    return Outputs(*(value.numpy() for value in outputs)), batch[2].numpy()
+def refuse_without_capsules(mode, weights):
+    """Raise UserError if a mode shows capsules and the network has none."""
+    if weights.network.config.network != "capsnet":
+        raise UserError(
+            f"--{mode} shows capsules, and {weights.folder} holds network="
+            f"{weights.network.config.network}, which has none; leave the mode out"
+        )
 
 
-def reconstruction_test(session):
+def reconstruction_test(flags, data, weights):
     """Draw one batch of test images and its reconstructions with both masks (section 4.1)."""
-    plan = session.test_data.evaluation_plan().take(slice(GRID_IMAGES))
-    outputs, labels = outputs_of(session.network, session.test_data, plan)
-    folder = Path(session.flags.sample_dir)
+    refuse_without_capsules("reconstruction_test", weights)
+    plan = data.test.evaluation_plan().take(slice(GRID_IMAGES))
+    outputs, labels = outputs_of(weights.network, data.test, plan)
+    folder = Path(flags.sample_dir)
     grids = {
         "samples_arrange": outputs.canvas,
         "recon_samples_with_label_arrange": figures.overlay_digits(outputs.with_label),
@@ -40,27 +41,28 @@ def reconstruction_test(session):
         outputs.without_label,
         labels,
         outputs.predictions,
-        figures.drawable_names(session.dataset.class_names),
+        figures.drawable_names(data.class_names),
     )
-    session.show_picture("reconstructions", page)
+    show_picture(run_folders(flags).logs, weights.metadata["step"], "reconstructions", page)
     report_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
 
 
-def tweak_test(session):
+def tweak_test(flags, data, weights):
     """Draw reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
-    names = figures.drawable_names(session.dataset.class_names)
-    folder = Path(session.flags.tweak_dir)
-    plan = session.test_data.evaluation_plan().take(slice(session.flags.tweak_num))
-    outputs, _ = outputs_of(session.network, session.test_data, plan)
+    refuse_without_capsules("tweak_test", weights)
+    names = figures.drawable_names(data.class_names)
+    folder = Path(flags.tweak_dir)
+    plan = data.test.evaluation_plan().take(slice(flags.tweak_num))
+    outputs, _ = outputs_of(weights.network, data.test, plan)
     longest = outputs.predictions[:, 0]
-    images = session.network.tweak(outputs.capsules, longest)  # (D, digits, steps, H, W, C)
+    images = weights.network.tweak(outputs.capsules, longest)  # (D, digits, steps, H, W, C)
     shown = [names[k] for k in longest]
     for dim, decoded in enumerate(images):
         figures.save_tweak(folder / f"tweak_result_{dim}.png", decoded, TWEAKS, dim, shown)
     overview = folder / "overview.png"
     page = figures.save_tweak_overview(overview, images[:, 0], TWEAKS, shown[0])
     figures.save_sweep(folder / "sweep.gif", images, TWEAKS, shown)
-    session.show_picture("tweaks", page)
+    show_picture(run_folders(flags).logs, weights.metadata["step"], "tweaks", page)
     report_written(
         [
             folder / f"tweak_result_0.png to _{len(images) - 1}.png",

@@ -11,6 +11,7 @@ from PIL import Image
 import figures
 import utils
 from capsnet.errors import UserError
+from commands.weights import appearance_of
 from inputs import ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background
@@ -58,33 +59,37 @@ def _files_like(pattern):
     return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
-def predict(session):
+def predict(flags, weights):
     """Print the likeliest classes of image files, and write a CSV file and a sheet of pictures.
+
+    Args:
+        flags: values of the flags.
+        weights: Weights.
 
     Raises:
         UserError: no file matches, or some cannot be read; the others are still predicted.
     """
-    paths = matching_files(session.flags.predict)
-    names, per_example = session.class_names, session.digits_per_example
-    drawn = figures.drawable_names(names)
-    shape = session.network.settings["image_shape"]
-    pictures, failed = read_images(paths, shape, session.appearance)
+    paths = matching_files(flags.predict)
+    names, per_example = weights.class_names, weights.digits_per_example
+    drawn, config = figures.drawable_names(names), weights.network.config
+    appearance = appearance_of(flags, weights)
+    pictures, failed = read_images(paths, config.image_shape, appearance)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
         chunk = pictures[start : start + CHUNK_SIZE]
         images = [picture.image for picture in chunk]
-        lengths, decoded = classify(session.network, images, per_example)
+        scores, decoded = classify(weights.network, images, per_example)
         reconstructions.extend(decoded)
-        for (path, _, _, done), scores in zip(chunk, lengths, strict=True):
-            likeliest = np.argsort(-scores)[:TOP_K]
-            best = [(names[k], float(scores[k])) for k in likeliest]
+        for (path, _, _, done), row in zip(chunk, scores, strict=True):
+            likeliest = np.argsort(-row)[:TOP_K]
+            best = [(names[k], float(row[k])) for k in likeliest]
             print(f"{path} ({done}): {in_words(best, per_example)}")
             rows.append([path, done, *(cell for pair in best for cell in pair)])
-            captions.append(caption(path, [(drawn[k], scores[k]) for k in likeliest], drawn))
+            captions.append(caption(path, [(drawn[k], row[k]) for k in likeliest], drawn))
     if rows:
-        folder = Path(session.flags.sample_dir)
+        folder = Path(flags.sample_dir)
         numbers = range(1, 1 + min(TOP_K, len(names)))
-        header = [f"{column}_{n}" for n in numbers for column in ("class", "length")]
+        header = [f"{column}_{n}" for n in numbers for column in ("class", config.score)]
         utils.write_csv(folder / "predictions.csv", ["file", "done", *header], rows)
         sheet = folder / "predictions.png"
         originals, images = zip(*((p.original, p.image) for p in pictures), strict=True)
@@ -194,17 +199,19 @@ def classify(network, images, per_example=1):
     """Classify images and reconstruct their longest capsules.
 
     Args:
-        network: CapsNet.
+        network: of any kind.
         images: N arrays (H, W, C) uint8.
         per_example: K, how many capsules to reconstruct, the longest first.
 
     Returns:
-        The lengths (N, J), and the reconstructions (N, K, H, W, C).
+        The scores (N, J), and the reconstructions (N, K, H, W, C); K is 0 for a network without
+        capsules.
     """
-    lengths, capsules = network(np.stack(images) / np.float32(255))
-    longest = np.argsort(-lengths.numpy(), axis=1)[:, :per_example]
-    mask = np.eye(lengths.shape[1], dtype=np.float32)[longest]
-    return lengths.numpy(), network.decoder(capsules, mask).numpy()
+    images = np.stack(images) / np.float32(255)
+    if network.config.network != "capsnet":
+        return network(images).numpy(), np.zeros((len(images), 0, *images.shape[1:]))
+    served = network.serve(images, per_example)
+    return served["lengths"].numpy(), served["reconstructions"].numpy()
 
 
 def caption(path, best, names):

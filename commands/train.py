@@ -5,9 +5,6 @@ import shlex
 import time
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
-
 import figures
 import model
 import utils
@@ -15,7 +12,7 @@ from capsnet.config import TrainingConfig
 from capsnet.errors import UserError
 from capsnet.networks import NETWORKS
 from commands.data import fingerprint, run_folders, run_name
-from commands.pictures import outputs_of
+from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with
 from inputs.appearance import KEY, measure_appearance
 from runtime import machine
@@ -186,7 +183,7 @@ def make_trainer(flags, config, devices, data, report):
         strategy=devices.strategy,
         report=report,
         draw=lambda: draw_examples(network, data.validation or data.train),
-        summarize=lambda evaluation: summarize(evaluation, data.train),
+        summarize=lambda evaluation: summarize(evaluation, data.train, config.score),
         description={KEY: appearance.to_metadata()},
     )
 
@@ -252,6 +249,8 @@ def run_metadata(flags, network, data):
 
 def draw_examples(network, data):
     """Draw reconstructions and tweaks of the first images: pictures by their tags."""
+    if network.config.network != "capsnet":
+        return {}
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(slice(EXAMPLES)))
     names, first = figures.drawable_names(data.class_names), outputs.predictions[:1, 0]
     reconstructions = figures.save_reconstructions(
@@ -266,26 +265,6 @@ def draw_examples(network, data):
     tweaked = network.tweak(outputs.capsules[:1], first)[:, 0]
     tweaks = figures.save_tweak_overview(None, tweaked, model.TWEAKS, names[first[0]])
     return {"reconstructions": reconstructions, "tweaks": tweaks}
-
-
-def summarize(evaluation, data, path=None):
-    """Write summaries of an Evaluation: the confusion matrix, the lengths of each class's capsule.
-
-    Args:
-        evaluation: Evaluation.
-        data: Examples of the same classes.
-        path: file that the confusion matrix goes to as well, or None.
-    """
-    names, labels = data.class_names, evaluation.labels
-    if not data.overlap:
-        matrix = figures.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
-        picture = figures.save_confusion_matrix(path, matrix, figures.drawable_names(names))
-        tf.summary.image("confusion matrix", np.asarray(picture)[None])
-    for number, name in enumerate(names):
-        present = (labels == number).any(axis=1)
-        lengths = evaluation.scores[:, number]
-        tf.summary.histogram(f"where present, length of capsule/{name}", lengths[present])
-        tf.summary.histogram(f"where absent, length of capsule/{name}", lengths[~present])
 
 
 def draw_learning_curves(logs, path, steps_per_epoch, name):

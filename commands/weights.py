@@ -13,7 +13,8 @@ import utils
 from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from capsnet.metadata import complete, differences
 from capsnet.networks import NETWORKS, config_from
-from commands.data import run_folders, run_name
+from commands.data import load_data, run_folders, run_name
+from inputs.appearance import PLAIN, appearance_from, measure_appearance
 from training.checkpoints import METADATA, load_weights, newest_metadata
 from training.folders import claim
 
@@ -33,6 +34,17 @@ class Weights(NamedTuple):
     def training(self):
         """Return the settings of the training run."""
         return self.metadata["training"]
+
+    @property
+    def class_names(self):
+        """Return the names of the classes, or their numbers if the weights do not name them."""
+        numbers = map(str, range(self.network.config.n_classes))
+        return tuple(self.training["class_names"] or numbers)
+
+    @property
+    def digits_per_example(self):
+        """Return K."""
+        return 2 if self.training["multi_MNIST"] else 1
 
 
 def weights_folder(flags):
@@ -195,6 +207,26 @@ def check_unseen(folder, training, data):
         )
 
 
+def appearance_of(flags, weights):
+    """Return how the training images of weights look.
+
+    Weights of earlier versions do not say it; then it is measured, if the data set is there.
+    """
+    kept = appearance_from(weights.metadata)
+    if kept:
+        return kept
+    try:
+        data = load_data(flags, print)
+    except UserError as error:
+        print(
+            f"These weights do not say how their training images look, and the data set cannot "
+            f"be read ({error}): each file is resized whole."
+        )
+        return PLAIN
+    check_data(weights, data)
+    return measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+
+
 # --- Exported weights -----------------------------------------------------------------------------
 
 
@@ -207,6 +239,22 @@ def exported_metadata(folder):
     """
     with _open_weights(folder) as file:
         return complete(json.loads(str(file[METADATA])))
+
+
+def load_network(folder, **options):
+    """Rebuild an exported network with its weights.
+
+    Args:
+        folder: an export, or a folder of pretrained/.
+        **options: conv, dtype and the like, see `capsnet.base.Network`.
+
+    Raises:
+        UserError: there is no export, or it is damaged.
+    """
+    folder = find_exported(folder)
+    network = model.build(config_of(exported_metadata(folder), folder), **options)
+    load_exported(network, folder)
+    return network
 
 
 def load_exported(network, folder):

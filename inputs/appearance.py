@@ -22,12 +22,12 @@ class Appearance(NamedTuple):
     def to_metadata(self):
         """Return it as a dict that can be written as JSON."""
         style = self.ink_style._asdict() if self.ink_style else None
-        metadata = {"ink_style": style, "ground": self.background}
-        if self.inverted:
-            metadata["inverted"] = True
-        if self.subtracted:
-            metadata["subtracted"] = list(self.subtracted)
-        return metadata
+        return {
+            "ink_style": style,
+            "ground": self.background,
+            "inverted": self.inverted,
+            "subtracted": list(self.subtracted) if self.subtracted else None,
+        }
 
 
 PLAIN = Appearance(None, None)  # files are fitted as a whole, and not inverted
@@ -38,13 +38,13 @@ def appearance_from(metadata):
     if KEY not in metadata:
         return None
     kept = metadata[KEY]
-    style, subtracted = kept["ink_style"], kept.get("subtracted")
+    style, subtracted = kept["ink_style"], kept["subtracted"]
     if style is not None:
         style = ink.InkStyle(**style | {"offset": tuple(style["offset"])})
     return Appearance(
         style,
         kept["ground"],
-        kept.get("inverted", False),
+        kept["inverted"],
         tuple(subtracted) if subtracted else None,
     )
 

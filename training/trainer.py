@@ -1,13 +1,4 @@
-"""The training loop: when to log, validate, save and stop.
-
-A network that can be trained has:
-    outputs(batch, spectra=..., compile_part=..., step=...): a NamedTuple with scores (B, J),
-        predictions (B, K) and correct (B,).
-    loss_names, loss_terms(outputs): the terms of the loss; a dict of name to (B,).
-    spectra(): what depends on the weights only, computed once for many calls.
-    architecture: dict of the settings that must match for weights to fit.
-    variables, trainable_variables, get_weights, set_weights: as a Keras model.
-"""
+"""The training loop: when to log, validate, save and stop."""
 
 import contextlib
 import math
@@ -19,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from capsnet.errors import NotFinite
+from capsnet.metadata import complete
 from inputs.pipeline import batches
 from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, saved_steps
 from training.distribution import is_chief, sum_over_workers
@@ -93,16 +85,15 @@ class Trainer:
         # Steps to start before the result of one is read, so an accelerator never waits for Python.
         self.steps_ahead = 1 if tf.config.list_logical_devices("GPU") else 0
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
-        self.metadata = {
-            "shape": network.architecture,
-            "training": config._asdict() | metadata,
-        }
+        self.metadata = complete(
+            {"shape": network.config.describe(), "training": config._asdict() | metadata}
+        )
         self.description = description or {}
         with self.strategy.scope():
             self.optimizer = make_optimizer(config, network.trainable_variables)
         self.train_step = compile_step(network, self.optimizer, config, self.strategy, jit)
         self.evaluator = Evaluator(network, jit, self.strategy) if validation else None
-        n_sums = len(network.loss_names) + 2  # also: correct examples, examples
+        n_sums = len(network.config.loss_terms) + 2  # also: correct examples, examples
         self.state = RunState(step=0, sums=np.zeros(n_sums))
         self.resumed_step = None
         kind = Checkpoints if self.chief else ReadOnlyCheckpoints
@@ -203,7 +194,7 @@ class Trainer:
 
     def _by_name(self, values):
         """Return the terms of the loss, which come first in `values`, by their names."""
-        return dict(zip(self.network.loss_names, values, strict=False))
+        return dict(zip(self.network.config.loss_terms, values, strict=False))
 
     def _progress(self, step, last_step, speed):
         """Return the Progress after a step; the speed is in steps a second, or None."""

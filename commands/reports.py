@@ -1,0 +1,71 @@
+"""What several modes report: outputs of chosen examples, and summaries for TensorBoard."""
+
+import numpy as np
+import tensorflow as tf
+
+import figures
+from inputs.pipeline import batches
+from model import Outputs
+from training.events import read_scalars, replacing_events
+
+# How TensorBoard names what classes are ranked by.
+SCORES = {"length": "length of capsule", "probability": "probability of class"}
+
+
+def outputs_of(network, data, plan):
+    """Run a CapsNet on the examples of a plan of the data, all in one batch.
+
+    Returns:
+        Outputs as arrays, and the labels (B, K).
+    """
+    batch = next(iter(batches(data, plan, len(plan.index))))
+    inference = network.inference(_as_it_is)
+    outputs = inference.outputs(batch, inference.prepare())
+    return Outputs(*(value.numpy() for value in outputs)), batch[2].numpy()
+
+
+def _as_it_is(function):
+    """Return a function uncompiled: it runs only once."""
+    return function
+
+
+def summarize(evaluation, data, score, path=None):
+    """Write summaries of an Evaluation: the confusion matrix, the scores of each class.
+
+    Args:
+        evaluation: Evaluation.
+        data: Examples of the same classes.
+        score: what classes are ranked by, see `capsnet.networks`.
+        path: file that the confusion matrix goes to as well, or None.
+    """
+    names, labels = data.class_names, evaluation.labels
+    if not data.overlap:
+        matrix = figures.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
+        picture = figures.save_confusion_matrix(path, matrix, figures.drawable_names(names))
+        tf.summary.image("confusion matrix", np.asarray(picture)[None])
+    for number, name in enumerate(names):
+        present = (labels == number).any(axis=1)
+        scores = evaluation.scores[:, number]
+        tf.summary.histogram(f"where present, {SCORES[score]}/{name}", scores[present])
+        tf.summary.histogram(f"where absent, {SCORES[score]}/{name}", scores[~present])
+
+
+def show_picture(logs, step, name, picture):
+    """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""
+    with replacing_events(logs / "test", name, step):
+        tf.summary.image(name, picture[None])
+
+
+def training_seconds(metadata, logs):
+    """Return how long weights were trained, by their events; None if these are gone.
+
+    Args:
+        metadata: that of the weights.
+        logs: folder of the events of their run.
+    """
+    if "seconds" in metadata:
+        return metadata["seconds"]
+    scalars, seconds = read_scalars(logs / "train", metadata["step"])
+    steps = scalars.get("loss/total", ([],))[0]
+    complete = len(steps) > 0 and (steps[0], steps[-1]) == (1, metadata["step"])
+    return seconds if complete else None
