@@ -10,14 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from capsnet.spectral import (
-    PATCH_CHANNELS,
-    conv_plan,
-    image_spectrum,
-    kernel_spectrum,
-    outputs_of_products,
-    patches_conv2d,
-)
+from capsnet.convolution import choose_algorithm
+from capsnet.spectral import output_size
 
 EPSILON = 1e-9  # inside every root: the gradient of a norm at 0 would be NaN without it
 M_PLUS, M_MINUS, LAMBDA = 0.9, 0.1, 0.5  # eq. 4
@@ -184,7 +178,8 @@ class Convolution(keras.layers.Layer):
         kernel_initializer, bias_initializer: names or configurations of Keras's initializers.
 
     Raises:
-        ValueError: the method is unknown, or an image is smaller than the kernel.
+        ValueError: the method is unknown, an image is smaller than the kernel, or images have
+            another shape than the layer was built for.
     """
 
     def __init__(
@@ -210,9 +205,9 @@ class Convolution(keras.layers.Layer):
         """Choose the algorithm for images of this shape and create the weights."""
         *size, channels = input_shape[1:]
         k = self.kernel_size
-        self.plan = conv_plan(tuple(size), (k, k), self.strides)
-        few_channels = channels <= PATCH_CHANNELS
-        self.algorithm = "patches" if self.method == "dft" and few_channels else self.method
+        self.input_spec = keras.layers.InputSpec(shape=(None, *size, channels))
+        algorithm = choose_algorithm(self.method, channels)
+        self.algorithm = algorithm(size, (k, k), self.strides, self.compute_dtype)
         self.kernel = self.add_weight(
             shape=(k, k, channels, self.filters), initializer=self.kernel_initializer, name="kernel"
         )
@@ -226,12 +221,7 @@ class Convolution(keras.layers.Layer):
         It is rounded to the type of the layer's products. In training, where the kernel changes
         with each step, products of spectra are float32 under any policy.
         """
-        if self.algorithm != "dft":
-            return None
-        return tf.cast(self._kernel_spectrum(), self.compute_dtype)
-
-    def _kernel_spectrum(self):
-        return kernel_spectrum(tf.cast(tf.convert_to_tensor(self.kernel), tf.float32), self.plan)
+        return self.algorithm.spectrum(self.kernel)
 
     def call(self, images, spectrum=None):
         """Convolve: (B, H, W, C) -> (B, rows, columns, filters).
@@ -244,25 +234,15 @@ class Convolution(keras.layers.Layer):
 
     def prepare(self, images, spectrum=None):
         """Return what `multiply` takes: the images, or their spectrum for products of spectra."""
-        if self.algorithm != "dft":
-            return tf.cast(images, self.compute_dtype)
-        factors = image_spectrum(tf.cast(images, tf.float32), self.plan)
-        return factors if spectrum is None else tf.cast(factors, spectrum.dtype)
+        return self.algorithm.prepare(images, spectrum)
 
     def multiply(self, factors, spectrum=None):
         """Multiply what `prepare` returned by the kernel. This is most of the arithmetic."""
-        if self.algorithm == "dft":
-            return tf.matmul(factors, self._kernel_spectrum() if spectrum is None else spectrum)
-        kernel = tf.cast(tf.convert_to_tensor(self.kernel), self.compute_dtype)
-        if self.algorithm == "direct":
-            return tf.nn.conv2d(factors, kernel, self.strides, "VALID")
-        return patches_conv2d(factors, kernel, self.strides)
+        return self.algorithm.multiply(factors, self.kernel, spectrum)
 
     def restore(self, products):
         """Turn what `multiply` returned into the convolution, without bias and activation."""
-        if self.algorithm != "dft":
-            return products
-        return outputs_of_products(tf.cast(products, tf.float32), self.plan)
+        return self.algorithm.restore(products)
 
     def finish(self, products):
         """Turn what `multiply` returned into the output of the layer."""
@@ -272,8 +252,9 @@ class Convolution(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         """Return the shape of the output for images of a shape."""
-        rows, columns = ((n - self.kernel_size) // self.strides + 1 for n in input_shape[1:3])
-        return (input_shape[0], rows, columns, self.filters)
+        kernel_size = (self.kernel_size, self.kernel_size)
+        outputs = output_size(input_shape[1:3], kernel_size, self.strides)
+        return (input_shape[0], *outputs, self.filters)
 
     def get_config(self):
         """Return all arguments of the constructor."""
@@ -311,8 +292,8 @@ class PrimaryCapsules(Convolution):
 
     def finish(self, products):
         """Turn what `multiply` returned into capsules (B, I, dim)."""
-        rows, columns = self.plan.outputs
         channels = super().finish(products)
+        _, rows, columns, _ = channels.shape
         return squash(tf.reshape(channels, (-1, rows * columns * self.n_types, self.dim)))
 
     def compute_output_shape(self, input_shape):
@@ -404,6 +385,9 @@ class Decoder(keras.layers.Layer):
         image_shape: (H, W, C) of the reconstruction.
         units: widths of the hidden layers (paper: 512 and 1024).
         kernel_initializer, bias_initializer: as in `Convolution`, of all layers.
+
+    Raises:
+        ValueError: the shape of a mask is not (B, K, J).
     """
 
     def __init__(
@@ -438,7 +422,12 @@ class Decoder(keras.layers.Layer):
 
     def call(self, capsules, mask):
         """Decode the capsules under each mask: (B, J, D), (B, K, J) -> (B, K, H, W, C)."""
-        k, (j, d) = mask.shape[1], capsules.shape[1:]
+        b, j, d = capsules.shape
+        if not tf.TensorShape((b, None, j)).is_compatible_with(mask.shape):
+            raise ValueError(
+                f"mask must have the shape (B, K, J) = ({b}, K, {j}). Received: {tuple(mask.shape)}"
+            )
+        k = mask.shape[1]
         x = tf.reshape(mask[..., None] * capsules[:, None], (-1, j * d))  # (B, K, J, D) -> (BK, JD)
         for layer in (*self.hidden, self.pixels):
             x = layer(x)

@@ -3,6 +3,30 @@
 import numpy as np
 import tensorflow as tf
 
+# Shapes for which convolutions are compared: image, kernel, stride, channels, filters.
+CONVOLUTIONS = {
+    "one pixel": ((1, 1), (1, 1), 1, 2, 3),
+    "1×1": ((5, 4), (1, 1), 1, 3, 2),
+    "1×1 stride 2": ((5, 6), (1, 1), 2, 2, 2),
+    "2×2 even": ((6, 8), (2, 2), 1, 1, 2),
+    "2×2 stride 3, larger than the kernel": ((8, 9), (2, 2), 3, 2, 1),
+    "3×3 odd": ((7, 5), (3, 3), 1, 5, 7),
+    "3×3 stride 2, odd": ((9, 11), (3, 3), 2, 1, 4),
+    "3×3 stride 2, even": ((10, 8), (3, 3), 2, 6, 2),
+    "3×3 stride 3, wide": ((7, 20), (3, 3), 3, 3, 3),
+    "4×4 stride 2": ((11, 10), (4, 4), 2, 2, 5),
+    "5×5 stride 3": ((13, 16), (5, 5), 3, 4, 1),
+    "3×5 stride 2": ((9, 12), (3, 5), 2, 2, 3),
+    "7×2": ((8, 9), (7, 2), 1, 3, 2),
+    "9×9, one output": ((9, 9), (9, 9), 1, 2, 2),
+    "9×9 stride 3": ((17, 23), (9, 9), 3, 2, 2),
+    "conv1 of MNIST": ((28, 28), (9, 9), 1, 1, 4),
+    "primary capsules of MNIST": ((20, 20), (9, 9), 2, 16, 8),
+    "primary capsules of MultiMNIST": ((28, 28), (9, 9), 2, 16, 8),
+    "many tiles": ((45, 53), (3, 3), 1, 2, 2),
+    "many tiles stride 2": ((70, 94), (5, 5), 2, 1, 2),
+}
+
 
 def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)

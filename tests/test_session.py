@@ -161,7 +161,7 @@ def test_convolution_and_compiler_suit_the_device_unless_flags_choose_them(
     conv, jit = on_gpu if gpu else on_cpu
     session = session_of("--n_conv=5", "--n_primary=1", *words)
     assert (session.network.settings["conv"], session.jit) == (conv, jit)
-    assert session.network.primary.algorithm == conv
+    assert session.network.primary.method == conv
     given = {}
     monkeypatch.setattr(commands.train, "Trainer", lambda *_, **options: given.update(options))
     make_trainer(session, print)
