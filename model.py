@@ -80,6 +80,7 @@ class CapsNet(Network):
             config.digit_dim,
             config.routing_iterations,
             use_bias=authors,
+            none_of_the_above=config.none_of_the_above,
             name="digit_capsules",
             dtype=policy,
         )

@@ -69,7 +69,17 @@ def agreement(v, u_hat):
     return tf.matmul(v, u_hat, transpose_b=True)
 
 
-def routing(u_hat, iterations, on_iteration=None, bias=None):
+def coupling(b, none_of_the_above=False):
+    """Compute the coupling coefficients (eq. 3), a softmax over j: (B, J, 1, I) -> (B, J, 1, I).
+
+    With a none-of-the-above category, the softmax is over J + 1 logits, the last of which is 0.
+    """
+    if not none_of_the_above:
+        return tf.nn.softmax(b, axis=1)
+    return tf.nn.softmax(tf.concat([b, tf.zeros_like(b[:, :1])], axis=1), axis=1)[:, :-1]
+
+
+def routing(u_hat, iterations, on_iteration=None, bias=None, none_of_the_above=False):
     """Route votes by agreement (procedure 1).
 
     Each (image, upper capsule) is one tile of a batched product.
@@ -81,16 +91,18 @@ def routing(u_hat, iterations, on_iteration=None, bias=None):
             upper capsules v (B, J, 1, D).
         bias: (J, D), added to s_j in each iteration, as in the authors' public code; None as in
             the paper.
+        none_of_the_above: whether there is one more category, whose logit is always 0, that takes
+            a share of each vote (section 7; "leaky" routing in the authors' public code).
 
     Returns:
         (B, J, D), the upper capsules v.
     """
     u_hat = tf.cast(u_hat, tf.float32)
     b = tf.zeros_like(u_hat[..., 0])[:, :, None]  # line 2: (B, J, 1, I)
+    categories = u_hat.shape[1] + int(none_of_the_above)
     for r in range(iterations):
-        # Line 4, eq. 3: softmax over the upper capsules. For zero logits it is 1/J; written as a
-        # softmax, XLA would fold that constant slowly.
-        c = tf.nn.softmax(b, axis=1) if r > 0 else tf.fill(tf.shape(b), 1.0 / u_hat.shape[1])
+        # Line 4, eq. 3. For zero logits it is a constant, which XLA would fold slowly.
+        c = coupling(b, none_of_the_above) if r > 0 else tf.fill(tf.shape(b), 1.0 / categories)
         s = tf.matmul(c, u_hat)  # line 5: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
         v = squash(s if bias is None else s + bias[:, None])  # line 6
         if on_iteration:
@@ -319,17 +331,20 @@ class DigitCapsules(keras.layers.Layer):
         iterations: routing iterations, at least 1 (paper: 3).
         use_bias: whether a bias (J, D), at first 0.1, is added to s_j in each iteration, as in the
             authors' public code.
+        none_of_the_above: see `routing`.
 
     Raises:
         ValueError: fewer than one iteration.
     """
 
-    def __init__(self, n_capsules, dim, iterations=3, use_bias=False, **kwargs):
+    def __init__(
+        self, n_capsules, dim, iterations=3, use_bias=False, none_of_the_above=False, **kwargs
+    ):
         super().__init__(**kwargs)
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1. Received: iterations={iterations}")
         self.n_capsules, self.dim, self.iterations = n_capsules, dim, iterations
-        self.use_bias = use_bias
+        self.use_bias, self.none_of_the_above = use_bias, none_of_the_above
 
     def build(self, input_shape):
         """Create W for lower capsules of this shape."""
@@ -359,7 +374,8 @@ class DigitCapsules(keras.layers.Layer):
             bias = tf.cast(tf.convert_to_tensor(self.bias), tf.float32)
 
         def route(u):
-            return routing(votes(u, weights), self.iterations, bias=bias)
+            options = {"bias": bias, "none_of_the_above": self.none_of_the_above}
+            return routing(votes(u, weights), self.iterations, **options)
 
         if not chunk_size or not u.shape[0] or u.shape[0] % chunk_size:
             return route(u)
@@ -373,7 +389,7 @@ class DigitCapsules(keras.layers.Layer):
 
     def get_config(self):
         """Return all arguments of the constructor."""
-        names = ("n_capsules", "dim", "iterations", "use_bias")
+        names = ("n_capsules", "dim", "iterations", "use_bias", "none_of_the_above")
         return super().get_config() | {name: getattr(self, name) for name in names}
 
 

@@ -105,6 +105,11 @@ class CapsNetConfig(NetworkConfig):
         "the paper's network, or that of the authors' public code, which has biases in routing and "
         "weaker primary capsules",
     )
+    none_of_the_above: bool = setting(
+        False,
+        None,
+        "routing may send a vote to none of the classes, a category of its own (section 7)",
+    )
 
     def __post_init__(self):
         super().__post_init__()

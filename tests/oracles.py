@@ -63,8 +63,8 @@ def squash_of(s):
     return n**2 / (1 + n**2) * (s / n)
 
 
-def procedure_1(u, weights, iterations):
-    """Compute eq. 2 and procedure 1, index by index.
+def procedure_1(u, weights, iterations, none_of_the_above=False):
+    """Compute eq. 2 and procedure 1, index by index; also with a category whose logit is 0.
 
     Returns v (B, J, D), and for each iteration c (B, I, J) and v.
     """
@@ -80,7 +80,8 @@ def procedure_1(u, weights, iterations):
         c, v = np.zeros_like(logits), np.zeros((n_images, n_upper, dim))
         for n, i in np.ndindex(n_images, n_lower):
             exponentials = [np.exp(b) for b in logits[n, i]]
-            c[n, i] = [e / sum(exponentials) for e in exponentials]
+            total = sum(exponentials) + (np.exp(0) if none_of_the_above else 0)
+            c[n, i] = [e / total for e in exponentials]
         for n, j in np.ndindex(n_images, n_upper):
             v[n, j] = squash_of(sum(c[n, i, j] * u_hat[n, i, j] for i in range(n_lower)))
         for n, i, j in np.ndindex(n_images, n_lower, n_upper):

@@ -158,17 +158,19 @@ def test_agreement_is_the_scalar_product_of_a_vote_and_the_upper_capsule_it_is_f
     assert_close(ops.agreement(v, u_hat), expected)
 
 
-def routing_history(u_hat, iterations):
+def routing_history(u_hat, iterations, **options):
     """Route, and return v and the (c, v) of each iteration."""
     history = []
-    return ops.routing(u_hat, iterations, lambda c, v: history.append((c, v))), history
+    return ops.routing(u_hat, iterations, lambda c, v: history.append((c, v)), **options), history
 
 
+@pytest.mark.parametrize("none_of_the_above", [False, True])
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_routing_is_procedure_1(rng, iterations):
+def test_routing_is_procedure_1(rng, iterations, none_of_the_above):
     u, weights = lower_and_weights(rng)
-    v, history = routing_history(ops.votes(u, weights), iterations)
-    expected, expected_history = procedure_1(u, weights, iterations)
+    options = {"none_of_the_above": none_of_the_above}
+    v, history = routing_history(ops.votes(u, weights), iterations, **options)
+    expected, expected_history = procedure_1(u, weights, iterations, **options)
     assert_close(v, expected)
     assert len(history) == iterations
     for (c, v), (expected_c, expected_v) in zip(history, expected_history, strict=True):
@@ -197,6 +199,16 @@ def test_couplings_are_uniform_at_first_and_always_sum_to_one_over_the_upper_cap
         np.testing.assert_allclose(tf.reduce_sum(c, axis=1), np.ones((3, 1, 7)), rtol=1e-5)
     over_lower = tf.reduce_sum(couplings[-1], axis=-1).numpy()
     assert np.ptp(over_lower) > 0.1  # the sums over the lower capsules differ
+
+
+def test_votes_that_agree_on_nothing_go_to_none_of_the_above():
+    """By hand: v_0 = v_1 = 0, so all logits stay 0, and three categories have 1/3 each."""
+    u_hat = tf.constant([[[[1.0, 0], [-1, 0]], [[0, 1], [0, -1]]]])
+    v, history = routing_history(u_hat, 3, none_of_the_above=True)
+    np.testing.assert_allclose(history[-1][0], np.full((1, 2, 1, 2), 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(v, np.zeros((1, 2, 2)), atol=1e-7)
+    layer = ops.DigitCapsules(3, 2, none_of_the_above=True)
+    assert ops.DigitCapsules.from_config(layer.get_config()).none_of_the_above
 
 
 def test_routing_moves_the_coupling_to_the_upper_capsule_on_which_the_votes_agree():
@@ -414,7 +426,13 @@ LAYERS = {
     ),
     "DigitCapsules": (
         ops.DigitCapsules,
-        {"n_capsules": 4, "dim": 6, "iterations": 2, "use_bias": True},
+        {
+            "n_capsules": 4,
+            "dim": 6,
+            "iterations": 2,
+            "use_bias": True,
+            "none_of_the_above": True,
+        },
         [(2, 7, 5)],
     ),
     "Decoder": (
