@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
 import utils
 from capsnet.config import TrainingConfig
 from commands.data import run_folders, run_name
 from commands.reports import outputs_of, summarize, training_seconds
+from figures import pages as figures
 from runtime.machine import provenance
 from runtime.terminal import Display, report_written
 from training.evaluation import BATCH_SIZE, Evaluator

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import figures
 from capsnet.errors import UserError
 from commands.data import run_folders
 from commands.reports import outputs_of, show_picture
+from figures import pages as figures
 from model import TWEAKS
 from runtime.terminal import report_written
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-import figures
 import utils
 from capsnet.errors import UserError
 from commands.weights import appearance_of
+from figures import pages as figures
 from inputs import ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background

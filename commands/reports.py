@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-import figures
+from figures import pages as figures
 from inputs.pipeline import batches
 from model import Outputs
 from training.events import read_scalars, replacing_events

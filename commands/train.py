@@ -5,7 +5,6 @@ import shlex
 import time
 from pathlib import Path
 
-import figures
 import model
 import utils
 from capsnet.config import TrainingConfig
@@ -14,6 +13,7 @@ from capsnet.networks import NETWORKS
 from commands.data import fingerprint, run_folders, run_name
 from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with
+from figures import pages as figures
 from inputs.appearance import KEY, measure_appearance
 from runtime import machine
 from runtime.terminal import Display, plural, report_written

@@ -24,9 +24,9 @@ import numpy as np
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 from PIL import Image
 
-import figures
 import utils
 from capsnet import config
+from figures import pages as figures
 from inputs import datasets
 from runtime import machine, terminal
 

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 from command_line import DATA_DIR, Flag, path_name, run_script
 
-import figures
 import utils
 from capsnet.errors import UserError
+from figures import pages as figures
 from inputs import datasets
 from runtime import terminal
 

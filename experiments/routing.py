@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
 
-import figures
 import utils
 from capsnet import errors
+from figures import pages as figures
 from inputs import datasets
 from runtime import machine
 
@@ -78,6 +78,7 @@ def load_network(image_shape, checkpoint):
         UserError: the weights do not fit, or belong to another data set.
     """
     from commands.pretrained import load_pretrained
+
     from model import CapsNet
     from training.checkpoints import load_weights
 

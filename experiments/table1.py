@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 
-import figures
 import utils
 from capsnet import config
+from figures import pages as figures
 from inputs import datasets
 from runtime import machine, terminal
 

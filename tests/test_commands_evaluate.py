@@ -22,7 +22,6 @@ from story import (
     varied_network,
 )
 
-import figures
 import main
 from commands.evaluate import (
     confusion,
@@ -39,6 +38,7 @@ from commands.evaluate import (
 from commands.evaluate import (
     test as run_test,
 )
+from figures import pages as figures
 from inputs.pipeline import Examples, Plan, evaluation_plan
 from runtime import machine, terminal
 from training.evaluation import Evaluation

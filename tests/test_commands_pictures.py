@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from story import FAST, compose_slowly, decode, make_session, varied_network
 
-import figures
 from commands.pictures import outputs_of, reconstruction_test, tweak_test
+from figures import pages as figures
 from inputs.pipeline import evaluation_plan
 
 pytest_plugins = ["story_fixtures"]

@@ -19,7 +19,6 @@ from story import (
     varied_network,
 )
 
-import figures
 import main
 import utils
 from capsnet.errors import UserError
@@ -31,6 +30,7 @@ from commands.predict import (
     predict,
     read_images,
 )
+from figures import pages as figures
 from inputs import datasets
 from inputs.appearance import KEY, compose_pairs, measure_appearance
 from inputs.pipeline import Examples

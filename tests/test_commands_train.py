@@ -32,7 +32,6 @@ from story import (
 )
 
 import commands.train
-import figures
 import main
 import model
 from commands.train import (
@@ -45,6 +44,7 @@ from commands.train import (
     run_metadata,
     summarize,
 )
+from figures import pages as figures
 from inputs import datasets
 from inputs.pipeline import Examples, split_validation
 from runtime import machine

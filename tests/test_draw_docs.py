@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import figures
 import ops
 from capsnet import config, errors
+from figures import pages as figures
 from inputs import datasets
 from inputs.pipeline import Examples, batches
 

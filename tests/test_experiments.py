@@ -17,11 +17,11 @@ import tensorflow as tf
 import trial
 from command_line import Flag
 
-import figures
 import model
 import ops
 from capsnet import errors
 from capsnet.config import TrainingConfig
+from figures import pages as figures
 from inputs import datasets
 from inputs.pipeline import Examples
 from training.checkpoints import load_weights, saved_steps

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-import figures
 import utils
 from capsnet.errors import UserError
+from figures import pages as figures
 
 ROOT = Path(__file__).parent.parent
 DIGITS = tuple("0123456789")
@@ -715,7 +715,7 @@ def test_a_picture_that_cannot_be_written_is_a_user_error(tmp_path):
 
 def test_no_picture_needs_a_display_or_pyplot(tmp_path):
     code = (
-        "import sys, numpy, figures\n"
+        "import sys, numpy\nfrom figures import pages as figures\n"
         "assert 'matplotlib' not in sys.modules\n"
         "figures.save_tweak_overview(sys.argv[1], numpy.zeros((2, 2, 8, 8, 3)), (0, 1), 'x')\n"
         "curve = numpy.arange(1, 9), numpy.full(8, 0.5)\n"
