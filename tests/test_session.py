@@ -3,11 +3,9 @@ import re
 import shutil
 from pathlib import Path
 
-import commands.session
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands.session import Session
 from PIL import Image
 from story import (
     FAST,
@@ -21,9 +19,11 @@ from story import (
     small_network,
 )
 
+import commands.session
 import commands.train
 import main
 from capsnet.errors import DataFileError, NetworkMismatch, NoCheckpoint, UsageError, UserError
+from commands.session import Session
 from commands.train import make_trainer
 from inputs import datasets
 from inputs.appearance import KEY, PLAIN, Appearance, measure_appearance
