@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
+import ops
 import utils
 from capsnet.config import TrainingConfig
 from commands.data import run_folders, run_name
 from commands.reports import outputs_of, summarize, training_seconds
+from figures import examples, image_files, plots
+from figures.confusion import confusion_matrix
+from figures.pages import drawable_names
 from runtime.machine import provenance
 from runtime.terminal import Display, report_written
 from training.evaluation import BATCH_SIZE, Evaluator
@@ -47,16 +50,16 @@ def test(flags, argv, devices, data, weights):
     header, rows = predictions_table(data.test, plan, evaluation, data.dataset.test_files)
     utils.write_csv(folder / "predictions.csv", header, rows)
     utils.write_json(folder / "test.json", result)
-    matrix, names = samples / "confusion_matrix.png", figures.drawable_names(data.class_names)
+    names = drawable_names(data.class_names)
     with replacing_events(folder / "test", "evaluation", weights.metadata["step"]):
         write_scalars(result["total_loss"], evaluation.losses, evaluation.accuracy)
-        summarize(evaluation, data.test, weights.network.config.score, matrix)
+        matrix = summarize(evaluation, data.test, weights.network.config.score)
     has_capsules = weights.network.config.network == "capsnet"
     pictures = []
     if not data.test.overlap:
-        path = samples / "misclassified.png"
-        save_misclassified(path, data.test, plan, evaluation, names)
-        pictures = [matrix, path]
+        pictures = [samples / "confusion_matrix.png", samples / "misclassified.png"]
+        image_files.write_png(pictures[0], matrix)
+        save_misclassified(pictures[1], data.test, plan, evaluation, names)
     elif has_capsules:
         pictures = [samples / "multi_MNIST.png"]
         save_multi_sheet(pictures[0], weights.network, data.test, plan, evaluation, names)
@@ -124,7 +127,7 @@ def confusion(evaluation, class_names):
     if evaluation.labels.shape[1] > 1:
         return {}  # which label of a pair belongs to which prediction is undefined
     labels, predictions = evaluation.labels[:, 0], evaluation.predictions[:, 0]
-    matrix = figures.confusion_matrix(labels, predictions, len(class_names))
+    matrix = confusion_matrix(labels, predictions, len(class_names))
     return {"confusion": matrix.tolist()}
 
 
@@ -218,8 +221,7 @@ def save_misclassified(path, data, plan, evaluation, names):
     """Draw the misclassified images with their numbers in the test set."""
     wrong = ~evaluation.correct
     numbers = plan.index[wrong, 0]
-    figures.save_misclassified(
-        path,
+    picture = examples.draw_misclassified(
         data.images[numbers],
         numbers,
         evaluation.labels[wrong, 0],
@@ -227,13 +229,16 @@ def save_misclassified(path, data, plan, evaluation, names):
         evaluation.scores[wrong],
         names,
     )
+    image_files.write_png(path, picture)
 
 
 def save_lengths(path, evaluation):
     """Draw how long the capsules of present and of absent classes are."""
     classes = np.arange(evaluation.scores.shape[1])
     present = (evaluation.labels[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
-    figures.save_length_histogram(path, evaluation.scores[present], evaluation.scores[~present])
+    lengths, margins = evaluation.scores, (ops.M_MINUS, ops.M_PLUS)
+    picture = plots.draw_length_histogram(lengths[present], lengths[~present], margins)
+    image_files.write_png(path, picture)
 
 
 def save_multi_sheet(path, network, data, plan, evaluation, names):
@@ -247,8 +252,7 @@ def save_multi_sheet(path, network, data, plan, evaluation, names):
         "ones"
     )
     outputs, _ = outputs_of(network, data, plan.take(chosen))
-    figures.save_multi(
-        path,
+    picture = examples.draw_multi(
         title,
         outputs.canvas,
         outputs.without_label,
@@ -256,3 +260,4 @@ def save_multi_sheet(path, network, data, plan, evaluation, names):
         evaluation.predictions[chosen],
         names,
     )
+    image_files.write_png(path, picture)

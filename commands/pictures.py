@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import figures
 from capsnet.errors import UserError
 from commands.data import run_folders
 from commands.reports import outputs_of, show_picture
+from figures import examples, grids, image_files, tweaks
+from figures.pages import drawable_names
 from model import TWEAKS
 from runtime.terminal import report_written
 
@@ -27,30 +28,30 @@ def reconstruction_test(flags, data, weights):
     plan = data.test.evaluation_plan().take(slice(GRID_IMAGES))
     outputs, labels = outputs_of(weights.network, data.test, plan)
     folder = Path(flags.sample_dir)
-    grids = {
+    shown = {
         "samples_arrange": outputs.canvas,
-        "recon_samples_with_label_arrange": figures.overlay_digits(outputs.with_label),
-        "recon_samples_without_label_arrange": figures.overlay_digits(outputs.without_label),
+        "recon_samples_with_label_arrange": grids.overlay_digits(outputs.with_label),
+        "recon_samples_without_label_arrange": grids.overlay_digits(outputs.without_label),
     }
-    for name, images in grids.items():
-        figures.save_grid(folder / f"{name}.png", images)
-    page = figures.save_reconstructions(
-        folder / "reconstruction.png",
+    for name, images in shown.items():
+        image_files.write_png(folder / f"{name}.png", grids.draw_grid(images))
+    page = examples.draw_reconstructions(
         outputs.canvas,
         outputs.with_label,
         outputs.without_label,
         labels,
         outputs.predictions,
-        figures.drawable_names(data.class_names),
+        drawable_names(data.class_names),
     )
+    image_files.write_png(folder / "reconstruction.png", page)
     show_picture(run_folders(flags).logs, weights.metadata["step"], "reconstructions", page)
-    report_written([folder / f"{name}.png" for name in (*grids, "reconstruction")])
+    report_written([folder / f"{name}.png" for name in (*shown, "reconstruction")])
 
 
 def tweak_test(flags, data, weights):
     """Draw reconstructions of capsules changed in one dimension (section 5.1, figure 4)."""
     refuse_without_capsules("tweak_test", weights)
-    names = figures.drawable_names(data.class_names)
+    names = drawable_names(data.class_names)
     folder = Path(flags.tweak_dir)
     plan = data.test.evaluation_plan().take(slice(flags.tweak_num))
     outputs, _ = outputs_of(weights.network, data.test, plan)
@@ -58,15 +59,16 @@ def tweak_test(flags, data, weights):
     images = weights.network.tweak(outputs.capsules, longest)  # (D, digits, steps, H, W, C)
     shown = [names[k] for k in longest]
     for dim, decoded in enumerate(images):
-        figures.save_tweak(folder / f"tweak_result_{dim}.png", decoded, TWEAKS, dim, shown)
-    overview = folder / "overview.png"
-    page = figures.save_tweak_overview(overview, images[:, 0], TWEAKS, shown[0])
-    figures.save_sweep(folder / "sweep.gif", images, TWEAKS, shown)
-    show_picture(run_folders(flags).logs, weights.metadata["step"], "tweaks", page)
+        page = tweaks.draw_tweak(decoded, TWEAKS, dim, shown)
+        image_files.write_png(folder / f"tweak_result_{dim}.png", page)
+    overview = tweaks.draw_tweak_overview(images[:, 0], TWEAKS, shown[0])
+    image_files.write_png(folder / "overview.png", overview)
+    image_files.write_gif(folder / "sweep.gif", tweaks.draw_sweep(images, TWEAKS, shown))
+    show_picture(run_folders(flags).logs, weights.metadata["step"], "tweaks", overview)
     report_written(
         [
             folder / f"tweak_result_0.png to _{len(images) - 1}.png",
-            overview,
+            folder / "overview.png",
             folder / "sweep.gif",
         ]
     )

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-import figures
 import utils
 from capsnet.errors import UserError
 from commands.weights import appearance_of
+from figures import examples, image_files
+from figures.pages import drawable_names
 from inputs import ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background
@@ -71,7 +72,7 @@ def predict(flags, weights):
     """
     paths = matching_files(flags.predict)
     names, per_example = weights.class_names, weights.digits_per_example
-    drawn, config = figures.drawable_names(names), weights.network.config
+    drawn, config = drawable_names(names), weights.network.config
     appearance = appearance_of(flags, weights)
     pictures, failed = read_images(paths, config.image_shape, appearance)
     rows, captions, reconstructions = [], [], []
@@ -93,7 +94,8 @@ def predict(flags, weights):
         utils.write_csv(folder / "predictions.csv", ["file", "done", *header], rows)
         sheet = folder / "predictions.png"
         originals, images = zip(*((p.original, p.image) for p in pictures), strict=True)
-        figures.save_predictions(sheet, originals, images, reconstructions, captions)
+        page = examples.draw_predictions(originals, images, reconstructions, captions)
+        image_files.write_png(sheet, page)
         report_written([folder / "predictions.csv", sheet])
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")

@@ -1,9 +1,9 @@
 """What several modes report: outputs of chosen examples, and summaries for TensorBoard."""
 
-import numpy as np
 import tensorflow as tf
 
-import figures
+from figures import confusion
+from figures.pages import drawable_names
 from inputs.pipeline import batches
 from model import Outputs
 from training.events import read_scalars, replacing_events
@@ -29,25 +29,28 @@ def _as_it_is(function):
     return function
 
 
-def summarize(evaluation, data, score, path=None):
+def summarize(evaluation, data, score):
     """Write summaries of an Evaluation: the confusion matrix, the scores of each class.
 
     Args:
         evaluation: Evaluation.
         data: Examples of the same classes.
         score: what classes are ranked by, see `capsnet.networks`.
-        path: file that the confusion matrix goes to as well, or None.
+
+    Returns:
+        The picture of the confusion matrix, uint8 (H, W, 3); None for overlapping digits.
     """
-    names, labels = data.class_names, evaluation.labels
+    names, labels, picture = data.class_names, evaluation.labels, None
     if not data.overlap:
-        matrix = figures.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
-        picture = figures.save_confusion_matrix(path, matrix, figures.drawable_names(names))
-        tf.summary.image("confusion matrix", np.asarray(picture)[None])
+        matrix = confusion.confusion_matrix(labels[:, 0], evaluation.predictions[:, 0], len(names))
+        picture = confusion.draw_confusion_matrix(matrix, drawable_names(names))
+        tf.summary.image("confusion matrix", picture[None])
     for number, name in enumerate(names):
         present = (labels == number).any(axis=1)
         scores = evaluation.scores[:, number]
         tf.summary.histogram(f"where present, {SCORES[score]}/{name}", scores[present])
         tf.summary.histogram(f"where absent, {SCORES[score]}/{name}", scores[~present])
+    return picture
 
 
 def show_picture(logs, step, name, picture):

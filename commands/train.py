@@ -5,7 +5,6 @@ import shlex
 import time
 from pathlib import Path
 
-import figures
 import model
 import utils
 from capsnet.config import TrainingConfig
@@ -14,6 +13,8 @@ from capsnet.networks import NETWORKS
 from commands.data import fingerprint, run_folders, run_name
 from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with
+from figures import examples, image_files, plots, tweaks
+from figures.pages import drawable_names
 from inputs.appearance import KEY, measure_appearance
 from runtime import machine
 from runtime.terminal import Display, plural, report_written
@@ -252,9 +253,8 @@ def draw_examples(network, data):
     if network.config.network != "capsnet":
         return {}
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(slice(EXAMPLES)))
-    names, first = figures.drawable_names(data.class_names), outputs.predictions[:1, 0]
-    reconstructions = figures.save_reconstructions(
-        None,
+    names, first = drawable_names(data.class_names), outputs.predictions[:1, 0]
+    reconstructions = examples.draw_reconstructions(
         outputs.canvas,
         outputs.with_label,
         outputs.without_label,
@@ -263,8 +263,8 @@ def draw_examples(network, data):
         names,
     )
     tweaked = network.tweak(outputs.capsules[:1], first)[:, 0]
-    tweaks = figures.save_tweak_overview(None, tweaked, model.TWEAKS, names[first[0]])
-    return {"reconstructions": reconstructions, "tweaks": tweaks}
+    overview = tweaks.draw_tweak_overview(tweaked, model.TWEAKS, names[first[0]])
+    return {"reconstructions": reconstructions, "tweaks": overview}
 
 
 def draw_learning_curves(logs, path, steps_per_epoch, name):
@@ -272,7 +272,7 @@ def draw_learning_curves(logs, path, steps_per_epoch, name):
     curves = {name: read_scalars(logs / name)[0] for name in ("train", "validation")}
     curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
     if curves:
-        figures.save_learning_curves(path, curves, steps_per_epoch, name)
+        image_files.write_png(path, plots.draw_learning_curves(curves, steps_per_epoch, name))
         report_written([path])
 
 

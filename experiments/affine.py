@@ -24,9 +24,9 @@ import numpy as np
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 from PIL import Image
 
-import figures
 import utils
 from capsnet import config
+from figures import image_files, plots
 from inputs import datasets
 from runtime import machine, terminal
 
@@ -60,7 +60,7 @@ NETWORKS = {
     "cnn_section5": Network("CNN, section 5", "mnist"),
     "cnn_authors": Network("CNN, authors", "authors"),
 }
-COLORS = dict(zip(NETWORKS, (*figures.LINE_COLORS, "#2a7f4f", "#8a5fb0"), strict=True))
+COLORS = dict(zip(NETWORKS, (*plots.LINE_COLORS, "#2a7f4f", "#8a5fb0"), strict=True))
 ROTATION, SHEAR, SCALE = 20.0, 0.2, 0.2  # affNIST's limits: degrees; ratio; from 1, in each axis
 
 
@@ -406,17 +406,17 @@ def table(outcomes):
 
 def draw(path, outcomes):
     """Draw the accuracy of each network over the values of each factor."""
-    figure, panels = figures.new_figure(len(SWEEPS), width=9, sharey=True)
+    figure, panels = plots.new_figure(len(SWEEPS), width=9, sharey=True)
     for panel, (factor, sweep) in zip(panels, SWEEPS.items(), strict=True):
         for name, outcome in outcomes.items():
             shares = outcome["sweeps"][factor]
             style = {"color": COLORS[name], "label": NETWORKS[name].title}
             panel.plot(sweep.values, shares, "o-", ms=3, **style)
         panel.axvspan(*sweep.in_affnist, color="#e4e6e8", lw=0, label="affNIST's range")
-        figures.label_panel(panel, factor.capitalize(), sweep.unit)
+        plots.label_panel(panel, factor.capitalize(), sweep.unit)
     panels[0].set_ylabel("accuracy (%)", fontsize=7)
     panels[0].legend(fontsize=6, frameon=False)
-    figures.save_figure(path, figure)
+    image_files.write_png(path, plots.render(figure))
 
 
 def compare(flags):

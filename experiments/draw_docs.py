@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 from command_line import DATA_DIR, Flag, path_name, run_script
 
-import figures
 import utils
 from capsnet.errors import UserError
+from figures import examples, image_files, pages, plots, tweaks
 from inputs import datasets
 from runtime import terminal
 
@@ -39,6 +39,7 @@ TRIED = 10  # test images of a class, one of which may be shown
 LEGIBLE = 0.5  # least length of the capsule of a digit that can be read
 PROPERTIES = ("slant", "thickness", "width", "height", "position")
 RIGHT, WRONG = 12, 8  # examples in the picture of reconstructions
+NARROW = 24  # pixels between the images of the animation
 MEASURED = 300  # test digits of a class, for the spread of a property
 # What main.py writes -> its name here.
 SINGLE = {
@@ -163,13 +164,40 @@ def draw_capsules(network, mnist, output):
     ]
     columns = np.stack([sweep.swept[sweep.dimensions] for sweep in shown])
     originals = mnist.x_test[[sweep.number for sweep in shown]]
-    figures.save_named_sweep(output / "sweep.gif", originals, columns, TWEAKS, captions)
+    sweep = draw_sweep(originals, columns, TWEAKS, captions)
+    image_files.write_gif(output / "sweep.gif", sweep)
     first = best[0]
     rows = [f"{name} (dim {d})" for name, d in zip(PROPERTIES, first.dimensions, strict=True)]
     name = mnist.class_names[mnist.y_test[first.number]]
     arguments = first.swept[first.dimensions], TWEAKS, name, rows
-    figures.save_tweak_overview(output / "overview.png", *arguments)
+    image_files.write_png(output / "overview.png", tweaks.draw_tweak_overview(*arguments))
     return [output / "sweep.gif", output / "overview.png"]
+
+
+def draw_sweep(originals, images, deltas, captions):
+    """Draw digits with chosen dimensions of their capsules changed, a page for each step.
+
+    Args:
+        originals: (digits, H, W, C), the images that the network saw.
+        images: (digits, columns, steps, H, W, C), reconstructions.
+        deltas: (steps,), what was added to the dimension.
+        captions: the lines of text of each digit's original and columns, (digits, 1 + columns),
+            as many for each.
+
+    Returns:
+        The pixels of each page, uint8 (H, W, 3).
+    """
+    digits, columns = images.shape[:2]
+    lines = [[(line, pages.INK) for line in cell] for row in captions for cell in row]
+    note = "each column changes another dimension"
+    drawn = []
+    for step, delta in enumerate(deltas):
+        title = f"One dimension of the digit's capsule, changed by {tweaks.signed(delta)}"
+        parts = utils.to_uint8(originals)[:, None], utils.to_uint8(images[:, :, step])
+        tiles = np.concatenate(parts, axis=1)
+        tiles = tiles.reshape(digits * (1 + columns), 1, 1, *tiles.shape[2:])
+        drawn.append(pages.draw_tiles(title, note, tiles, lines, 1 + columns, gap=NARROW))
+    return drawn
 
 
 def run_main(words, data_dir, folder):
@@ -226,8 +254,7 @@ def draw_reconstructions(network, mnist, wrong, path):
     data = Examples(mnist.x_test, mnist.y_test)
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(np.array(chosen)))
     title = f"Reconstructions of the first {len(right)} right and {len(chosen) - len(right)} wrong"
-    figures.save_reconstructions(
-        path,
+    page = examples.draw_reconstructions(
         outputs.canvas,
         outputs.with_label,
         outputs.without_label,
@@ -236,6 +263,7 @@ def draw_reconstructions(network, mnist, wrong, path):
         mnist.class_names,
         f"{title} test images",
     )
+    image_files.write_png(path, page)
 
 
 # --- The tour -------------------------------------------------------------------------------------
@@ -299,7 +327,30 @@ def draw_speed(page, path):
         rows = [row for row in rows if row[head] != "this tool, mixed_bfloat16"]
         names = [textwrap.fill(row[head], 30) for row in rows]
         panels.append((f"{title}, 64 images", names, [_number(row["ms"]) for row in rows], "ms"))
-    figures.save_bars(path, panels)
+    image_files.write_png(path, draw_bars(panels))
+
+
+def draw_bars(panels):
+    """Draw horizontal bars with their values, in panels side by side; the last is this tool's own.
+
+    Args:
+        panels: list of (title, names, values, unit).
+
+    Returns:
+        The pixels, uint8 (H, W, 3).
+    """
+    most = max(len(names) for _, names, *_ in panels)
+    figure, axes = plots.new_figure(len(panels), width=9, height=0.7 + 0.36 * most)
+    for axis, (title, names, values, unit) in zip(axes, panels, strict=True):
+        colors = ["#b0b0b0"] * (len(values) - 1) + [plots.LINE_COLORS[0]]
+        bars = axis.barh(names, values, color=colors)
+        axis.bar_label(bars, [f"{value:,g}" for value in values], padding=3, fontsize=7)
+        plots.label_panel(axis, title, unit)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.grid(visible=False, axis="y")
+        axis.tick_params(axis="y", labelsize=7, length=0)
+    return plots.render(figure)
 
 
 def _number(cell):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
 
-import figures
 import utils
 from capsnet import errors
+from figures import image_files, plots
 from inputs import datasets
 from runtime import machine
 
@@ -123,16 +123,16 @@ def table(changes, entropies):
 
 def draw(path, changes, entropies):
     """Draw the changes and the entropies over the iterations."""
-    figure, (left, right) = figures.new_figure(2)
-    first, second = figures.LINE_COLORS
+    figure, (left, right) = plots.new_figure(2)
+    first, second = plots.LINE_COLORS
     iterations = np.arange(1, len(changes) + 1)
     left.plot(iterations, changes, "o-", color=first, ms=3)
-    figures.label_panel(left, "Mean change of a routing logit", "iteration")
+    plots.label_panel(left, "Mean change of a routing logit", "iteration")
     right.plot(iterations, entropies, "o-", color=second, ms=3)
     right.axhline(np.log2(CLASSES), color="#b0b0b0", lw=0.8, ls="--", label="all couplings equal")
     right.legend(fontsize=7, frameon=False)
-    figures.label_panel(right, "Entropy of the couplings, bits", "iteration")
-    figures.save_figure(path, figure)
+    plots.label_panel(right, "Entropy of the couplings, bits", "iteration")
+    image_files.write_png(path, plots.render(figure))
 
 
 def watch(flags):

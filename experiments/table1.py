@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
 
-import figures
 import utils
 from capsnet import config
+from figures import image_files, plots
 from inputs import datasets
 from runtime import machine, terminal
 
@@ -177,7 +177,7 @@ def mean_error(outcomes):
 
 def draw(path, results, dataset):
     """Draw the errors here and the paper's as bars."""
-    figure, (panel,) = figures.new_figure(1, width=6)
+    figure, (panel,) = plots.new_figure(1, width=6)
     here, paper = {}, {}  # place of the row -> error
     for place, (name, outcomes) in enumerate(results.items()):
         here[place] = mean_error(outcomes)
@@ -188,7 +188,7 @@ def draw(path, results, dataset):
         [mean for mean, _ in here.values()],
         0.36,
         yerr=[deviation or 0 for _, deviation in here.values()],
-        color=figures.LINE_COLORS[0],
+        color=plots.LINE_COLORS[0],
         label="here",
     )
     panel.bar(
@@ -199,11 +199,11 @@ def draw(path, results, dataset):
         label="the paper",
     )
     epochs = terminal.plural(next(iter(results.values()))[0]["epochs"], "epoch")
-    figures.label_panel(panel, f"Test error on {dataset}, %, after {epochs} here")
+    plots.label_panel(panel, f"Test error on {dataset}, %, after {epochs} here")
     panel.set_xticks(range(len(results)), [bar_name(ROWS[name]) for name in results])
     panel.grid(visible=False, axis="x")
     panel.legend(fontsize=7, frameon=False)
-    figures.save_figure(path, figure)
+    image_files.write_png(path, plots.render(figure))
 
 
 def bar_name(row):

@@ -5,6 +5,7 @@ import json
 import pytest
 from story import ROOT, SMALL, Story, first_images, load_all
 
+from figures import confusion, examples, grids, image_files, plots, tweaks
 from inputs import datasets
 
 
@@ -21,6 +22,34 @@ def few():
 def all_images(monkeypatch):
     """Make commands load all images again."""
     monkeypatch.setattr(datasets, "load_dataset", load_all)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the functions that draw pictures were given, by the file that was written."""
+    given, made = {}, []
+
+    def spy_on_drawing(draw):
+        def spy(*args):
+            made.append((draw(*args), args))
+            return made[-1][0]
+
+        return spy
+
+    def spy_on_writing(write):
+        def spy(path, picture):
+            (given[str(path)],) = (args for pixels, args in made if pixels is picture)
+            write(path, picture)
+
+        return spy
+
+    for module in (confusion, examples, grids, plots, tweaks):
+        for name in vars(module):
+            if name.startswith("draw_"):
+                monkeypatch.setattr(module, name, spy_on_drawing(getattr(module, name)))
+    for name in ("write_png", "write_gif"):
+        monkeypatch.setattr(image_files, name, spy_on_writing(getattr(image_files, name)))
+    return given
 
 
 @pytest.fixture(scope="module")

@@ -5,29 +5,15 @@ import pytest
 from PIL import Image
 from story import FAST, compose_slowly, decode, make_session, varied_network
 
-import figures
 from commands.pictures import outputs_of, reconstruction_test, tweak_test
 from inputs.pipeline import evaluation_plan
 
 pytest_plugins = ["story_fixtures"]
 
-NAMES = ("save_grid", "save_reconstructions", "save_tweak", "save_tweak_overview", "save_sweep")
 
-
-@pytest.fixture
-def drawn(tmp_path, few, monkeypatch):
-    """What the functions of figures were given, by the file's name."""
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {}
-    for name in NAMES:
-        draw = getattr(figures, name)
-
-        def spy(path, *args, draw=draw):
-            given[str(path)] = args
-            return draw(path, *args)
-
-        monkeypatch.setattr(figures, name, spy)
-    return given
 
 
 def results(few, overlap, count):

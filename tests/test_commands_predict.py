@@ -19,7 +19,6 @@ from story import (
     varied_network,
 )
 
-import figures
 import main
 import utils
 from capsnet.errors import UserError
@@ -235,12 +234,10 @@ def test_a_caption_is_the_name_of_the_file_and_the_classes_with_their_lengths():
 # ---------------------------------------------------------------- the command
 
 
-def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained, few, monkeypatch):
+def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained, few, drawn):
     for number in range(20):  # more than are computed at a time
         save(trained / f"in/{number:02}.png", few.x_test[number, ..., 0])
     save(trained / "in/20.png", 255 - few.x_test[20, ..., 0])
-    drawn = []
-    monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
     result = run(trained, "--predict=in/*.png", *FAST, "--sample_dir=out")
     assert result.code == 0 and result.err == ""
     network, images = varied_network(), few.x_test[:21]
@@ -259,8 +256,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
         np.testing.assert_allclose(np.float64(row[3::2]), scores[best], atol=1e-5)
         said = ", ".join(f"{k}: {scores[k]:.3f}" for k in best)
         assert printed[number] == f"in/{number:02}.png ({done}): {said}"
-    path, originals, shown, reconstructions, captions = drawn
-    assert str(path) == "out/predictions.png"
+    originals, shown, reconstructions, captions = drawn["out/predictions.png"]
     for original, image in zip(originals[:20], images[:20], strict=True):
         np.testing.assert_array_equal(original, image)
     np.testing.assert_array_equal(originals[20], 255 - images[20])
@@ -383,7 +379,7 @@ def test_the_pairs_that_come_with_the_program_are_read_as_they_are(tmp_path):
     assert sum({a, b} == {c, d} for a, b, c, d in found) > 3
 
 
-def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatch):
+def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, drawn, monkeypatch):
     network = varied_network((36, 36, 1))
     data = make_session(*FAST, "--multi_MNIST").train_data
     description = {KEY: measure_appearance(data).to_metadata()}
@@ -392,8 +388,6 @@ def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatc
     save_checkpoint(folder, network, description, class_names=names)
     pair = compose_pairs(data)[3]
     save(tmp_path / "a.png", pair[..., 0])
-    drawn = []
-    monkeypatch.setattr(figures, "save_predictions", lambda *args: drawn.extend(args))
     monkeypatch.setattr(datasets, "load_dataset", None)  # not needed
     result = run(tmp_path, "--predict=a.png", "--multi_MNIST", *FAST)
     assert (result.code, result.err) == (0, "")
@@ -407,7 +401,8 @@ def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, monkeypatc
         *("file", "done", "class_1", "length_1", "class_2", "length_2", "class_3", "length_3")
     ]
     assert row[2::2] == [names[k] for k in longest]
-    np.testing.assert_array_equal(drawn[2][0], pair)
+    _, (shown,), (reconstructions,), _ = drawn["samples/predictions.png"]
+    np.testing.assert_array_equal(shown, pair)
     for place in (0, 1):
         expected = decode(network, capsules, longest[place : place + 1])
-        np.testing.assert_allclose(drawn[3][0][place], expected[0], atol=1e-4)
+        np.testing.assert_allclose(reconstructions[place], expected[0], atol=1e-4)

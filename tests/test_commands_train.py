@@ -32,7 +32,6 @@ from story import (
 )
 
 import commands.train
-import figures
 import main
 import model
 from commands.train import (
@@ -45,6 +44,8 @@ from commands.train import (
     run_metadata,
     summarize,
 )
+from figures import examples, tweaks
+from figures.confusion import draw_confusion_matrix
 from inputs import datasets
 from inputs.pipeline import Examples, split_validation
 from runtime import machine
@@ -369,10 +370,10 @@ def test_the_examples_of_an_epoch_show_the_first_images_and_a_tweaked_capsule(fe
     drawn = {}
     page = np.zeros((2, 2, 3), np.uint8)
     monkeypatch.setattr(
-        figures, "save_reconstructions", lambda *args: drawn.update(rows=args) or page
+        examples, "draw_reconstructions", lambda *args: drawn.update(rows=args) or page
     )
     monkeypatch.setattr(
-        figures, "save_tweak_overview", lambda *args: drawn.update(tweaks=args) or page + 1
+        tweaks, "draw_tweak_overview", lambda *args: drawn.update(tweaks=args) or page + 1
     )
     network, data = varied_network(), Examples(few.x_test, few.y_test)
     pictures = draw_examples(network, data)
@@ -381,16 +382,16 @@ def test_the_examples_of_an_epoch_show_the_first_images_and_a_tweaked_capsule(fe
     lengths, capsules = (part.numpy() for part in network(canvas))
     longest = lengths.argmax(axis=1)
     eye = np.eye(10, dtype=np.float32)
-    path, images, with_label, without_label, labels, predictions, names = drawn["rows"]
-    assert path is None and names == data.class_names
+    images, with_label, without_label, labels, predictions, names = drawn["rows"]
+    assert names == data.class_names
     np.testing.assert_allclose(images, canvas, atol=1e-6)
     np.testing.assert_array_equal(labels[:, 0], few.y_test[:20])
     np.testing.assert_array_equal(predictions[:, 0], longest)
     for shown, classes in (with_label, few.y_test[:20]), (without_label, longest):
         expected = network.decoder(capsules, eye[classes][:, None])
         np.testing.assert_allclose(shown, expected, atol=1e-5)
-    path, images, deltas, name = drawn["tweaks"]
-    assert path is None and name == data.class_names[longest[0]]
+    images, deltas, name = drawn["tweaks"]
+    assert name == data.class_names[longest[0]]
     moved = capsules[:1].copy()
     moved[0, longest[0], 2] += deltas[9]
     expected = network.decoder(moved, eye[longest[:1]][:, None])[0, 0]
@@ -404,20 +405,10 @@ def events_of(folder):
     return {value.tag: value.tensor for event in events for value in event.summary.value}
 
 
-def write_summary(folder, evaluation, data, path=None):
-    writer = tf.summary.create_file_writer(str(folder))
-    with writer.as_default(step=1):
-        summarize(evaluation, data, path)
-    writer.close()
-    return events_of(folder)
-
-
 THREE = Examples(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), class_names=("a", "b", "c"))
 
 
-def test_the_confusion_matrix_has_true_classes_down_and_predicted_ones_across(
-    tmp_path, monkeypatch
-):
+def test_the_confusion_matrix_has_true_classes_down_and_predicted_ones_across(tmp_path):
     evaluation = Evaluation(
         scores=np.zeros((6, 3), np.float32),
         predictions=np.array([[1], [1], [1], [0], [2], [2]]),
@@ -425,19 +416,14 @@ def test_the_confusion_matrix_has_true_classes_down_and_predicted_ones_across(
         correct=np.array([False, False, True, True, False, True]),
         losses={},
     )
-    drawn, save = [], figures.save_confusion_matrix
-
-    def spy(path, matrix, names):
-        drawn.append((path, matrix.tolist(), names))
-        return save(path, matrix, names)
-
-    monkeypatch.setattr(figures, "save_confusion_matrix", spy)
-    events = write_summary(tmp_path, evaluation, THREE, tmp_path / "matrix.png")
-    matrix = [[1, 2, 0], [0, 1, 1], [0, 0, 1]]
-    assert drawn == [(tmp_path / "matrix.png", matrix, ("a", "b", "c"))]
-    written = tf.io.decode_png(events["confusion matrix"].string_val[2]).numpy()
-    np.testing.assert_array_equal(written, save(None, np.array(matrix), THREE.class_names))
-    np.testing.assert_array_equal(written, np.asarray(Image.open(tmp_path / "matrix.png")))
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    with writer.as_default(step=1):
+        picture = summarize(evaluation, THREE, "length")
+    writer.close()
+    matrix = np.array([[1, 2, 0], [0, 1, 1], [0, 0, 1]])
+    np.testing.assert_array_equal(picture, draw_confusion_matrix(matrix, THREE.class_names))
+    written = tf.io.decode_png(events_of(tmp_path)["confusion matrix"].string_val[2]).numpy()
+    np.testing.assert_array_equal(written, picture)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -453,8 +439,9 @@ def test_histograms_have_the_lengths_where_a_class_is_present_and_where_it_is_ab
         tf.summary, "image", lambda tag, data: written.update({tag: data}), raising=True
     )
     right = np.ones(4, bool)
-    summarize(Evaluation(lengths, labels, labels, right, {}), THREE._replace(overlap=overlap))
-    assert ("confusion matrix" in written) is not overlap
+    evaluation = Evaluation(lengths, labels, labels, right, {})
+    picture = summarize(evaluation, THREE._replace(overlap=overlap), "length")
+    assert ("confusion matrix" not in written) is (picture is None) is overlap
     expected = {}
     for number, name in enumerate("abc"):
         for key, wanted in ("present", True), ("absent", False):
@@ -476,23 +463,21 @@ def write_curve(folder, losses, accuracies):
     writer.close()
 
 
-def test_the_learning_curves_are_those_of_the_events(tmp_path, monkeypatch, capsys):
-    drawn = []
-    monkeypatch.setattr(figures, "save_learning_curves", lambda *args: drawn.append(args))
+def test_the_learning_curves_are_those_of_the_events(tmp_path, drawn, capsys):
     path = tmp_path / "curve.png"
     session = SimpleNamespace(folders=SimpleNamespace(logs=tmp_path / "logs"), name="kmnist")
     draw_learning_curves(session, path, 5)
-    assert drawn == [] and capsys.readouterr().out == ""
+    assert drawn == {} and capsys.readouterr().out == ""
     write_curve(tmp_path / "logs/train", [3.0, 2.0, 1.0], [0.25, 0.5, 0.75])
     draw_learning_curves(session, path, 5)
+    without_validation = drawn[str(path)]
     write_curve(tmp_path / "logs/validation", [2.5], [0.125])
     draw_learning_curves(session, path, 5)
     train = {"loss/total": ((1, 2, 3), (3, 2, 1)), "accuracy": ((1, 2, 3), (0.25, 0.5, 0.75))}
     validation = {"loss/total": ((1,), (2.5,)), "accuracy": ((1,), (0.125,))}
-    assert drawn == [
-        (path, {"train": train}, 5, "kmnist"),
-        (path, {"train": train, "validation": validation}, 5, "kmnist"),
-    ]
+    assert without_validation == ({"train": train}, 5, "kmnist")
+    both = {"train": train, "validation": validation}
+    assert drawn == {str(path): (both, 5, "kmnist")}
     assert capsys.readouterr().out == 2 * f"Wrote {path}\n"
 
 

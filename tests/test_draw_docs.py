@@ -8,11 +8,12 @@ from pathlib import Path
 import draw_docs
 import numpy as np
 import pytest
-from PIL import Image
+from drawing import INK, LINE, lines_above, noise, pages_of, white_with
+from PIL import Image, ImageColor
 
-import figures
 import ops
 from capsnet import config, errors
+from figures import examples, image_files, plots, tweaks
 from inputs import datasets
 from inputs.pipeline import Examples, batches
 
@@ -22,13 +23,13 @@ SLANT, THICKNESS, WIDTH, HEIGHT, POSITION = range(5)
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The Matplotlib figures that are saved, by the names of their files."""
+    """What is written, Matplotlib figures or pixels, by the names of the files."""
     found = {}
-
-    def save(path, figure):
-        found[Path(path).name] = figure
-
-    monkeypatch.setattr(figures, "save_figure", save)
+    monkeypatch.setattr(plots, "render", lambda figure: figure)
+    for name in ("write_png", "write_gif"):
+        monkeypatch.setattr(
+            image_files, name, lambda path, picture: found.update({path.name: picture})
+        )
     return found
 
 
@@ -117,14 +118,13 @@ def network():
 
 
 def test_the_animation_and_the_overview_show_the_dimensions_under_their_names(
-    network, mnist, tmp_path, monkeypatch
+    network, mnist, saved, monkeypatch
 ):
-    drawn = {}
-    monkeypatch.setattr(figures, "save_named_sweep", lambda *args: drawn.update(sweep=args))
-    monkeypatch.setattr(figures, "save_tweak_overview", lambda *args: drawn.update(overview=args))
-    draw_docs.draw_capsules(network, mnist, tmp_path)
-    path, originals, columns, deltas, captions = drawn["sweep"]
-    assert path == tmp_path / "sweep.gif" and columns.shape == (3, 5, 11, 28, 28, 1)
+    monkeypatch.setattr(draw_docs, "draw_sweep", lambda *args: args)
+    monkeypatch.setattr(tweaks, "draw_tweak_overview", lambda *args: args)
+    draw_docs.draw_capsules(network, mnist, Path("pictures"))
+    originals, columns, deltas, captions = saved["sweep.gif"]
+    assert columns.shape == (3, 5, 11, 28, 28, 1)
     assert deltas == pytest.approx(np.linspace(-0.25, 0.25, 11))
     for original, row, cells in zip(originals, columns, captions, strict=True):
         number = int(cells[0][1].removeprefix("no. "))
@@ -140,22 +140,41 @@ def test_the_animation_and_the_overview_show_the_dimensions_under_their_names(
             mask = np.eye(10, dtype=np.float32)[digit][None, None]
             expected = network.decoder(moved, mask).numpy()[0, 0]
             np.testing.assert_allclose(images[-1], expected, atol=1e-5)
-    path, rows, deltas, name, heads = drawn["overview"]
-    assert path == tmp_path / "overview.png" and rows.shape == (5, 11, 28, 28, 1)
+    rows, deltas, name, heads = saved["overview.png"]
+    assert rows.shape == (5, 11, 28, 28, 1)
     assert name in mnist.class_names
     assert [head.split(" (dim ")[0] for head in heads] == list(draw_docs.PROPERTIES)
 
 
+def test_the_animation_has_the_original_and_each_column_below_its_caption():
+    originals, images = noise(2, seed=1), noise(2, 3, 4)
+    captions = [[(f"{digit}{column}", "dim") for column in range(4)] for digit in "ab"]
+    pages = pages_of(
+        draw_docs.draw_sweep, originals, images / 255, (-0.25, -0.1, 0, 0.25), captions
+    )
+    changes = [page.title.split("changed by ")[1] for page in pages]
+    assert changes == ["−0.25", "−0.10", "0", "+0.25"]
+    for step, page in enumerate(pages):
+        tiles = {}
+        for digit, row in enumerate(captions):
+            y = 2 * LINE + digit * (112 + 3 * LINE)
+            for column, (name, dim) in enumerate(row):
+                tile = originals[digit] if column == 0 else images[digit, column - 1, step]
+                x = column * (112 + 24)
+                tiles[y, x] = tile
+                assert lines_above(page, y, x, 112, 2) == [(name, INK), (dim, INK)]
+        np.testing.assert_array_equal(page.contents, white_with(tiles))
+
+
 def test_reconstructions_show_the_first_right_and_the_first_wrong_images(
-    network, mnist, tmp_path, monkeypatch
+    network, mnist, saved, monkeypatch
 ):
-    drawn = []
-    monkeypatch.setattr(figures, "save_reconstructions", lambda *args: drawn.append(args))
+    monkeypatch.setattr(examples, "draw_reconstructions", lambda *args: args)
     wrong = [2, 5, *range(20, 40)]
-    draw_docs.draw_reconstructions(network, mnist, wrong, tmp_path / "a.png")
-    ((path, images, with_label, _, labels, predictions, names, title),) = drawn
+    draw_docs.draw_reconstructions(network, mnist, wrong, Path("a.png"))
+    images, with_label, _, labels, predictions, names, title = saved["a.png"]
     chosen = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 2, 5, *range(20, 26)]
-    assert path == tmp_path / "a.png" and names == mnist.class_names
+    assert names == mnist.class_names
     assert title == "Reconstructions of the first 12 right and 8 wrong test images"
     np.testing.assert_allclose(images, mnist.x_test[chosen] / 255, atol=1e-6)
     np.testing.assert_array_equal(labels[:, 0], mnist.y_test[chosen])
@@ -242,6 +261,13 @@ def test_the_bars_of_speed_are_the_milliseconds_of_the_tables(tmp_path, saved):
     panels = saved["speed.png"].axes
     widths = [[bar.get_width() for bar in panel.patches] for panel in panels]
     assert widths == [[1200, 300, 200], [400, 80]]
+    assert [text.get_text() for text in panels[0].texts] == ["1,200", "300", "200"]
+    assert [panel.get_xlabel() for panel in panels] == ["ms", "ms"]
+    bottom, top = panels[0].get_ylim()
+    assert bottom > top  # the first bar is the upper one
+    colors = [tuple(round(255 * c) for c in bar.get_facecolor()[:3]) for bar in panels[0].patches]
+    assert colors[2] == ImageColor.getrgb(plots.LINE_COLORS[0])  # the tool's own
+    assert colors[0] == colors[1] != colors[2]
     names = [label.get_text().replace("\n", " ") for label in panels[0].get_yticklabels()]
     assert names == [
         "PyTorch, plain",

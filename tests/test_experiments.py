@@ -17,11 +17,11 @@ import tensorflow as tf
 import trial
 from command_line import Flag
 
-import figures
 import model
 import ops
 from capsnet import errors
 from capsnet.config import TrainingConfig
+from figures import image_files, plots
 from inputs import datasets
 from inputs.pipeline import Examples
 from training.checkpoints import load_weights, saved_steps
@@ -53,7 +53,8 @@ def small(monkeypatch):
 def saved(monkeypatch):
     """The figures that are saved, and their paths."""
     figures_saved = []
-    monkeypatch.setattr(figures, "save_figure", lambda *args: figures_saved.append(args))
+    monkeypatch.setattr(plots, "render", lambda figure: figure)
+    monkeypatch.setattr(image_files, "write_png", lambda *args: figures_saved.append(args))
     return figures_saved
 
 
