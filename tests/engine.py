@@ -1,7 +1,6 @@
 """A tiny network without capsules, its data and its Trainer, for the tests of `training/`."""
 
 import contextlib
-import math
 from typing import NamedTuple
 
 import keras
@@ -12,8 +11,9 @@ from tensorboard.util import tensor_util
 
 from capsnet.config import TrainingConfig
 from inputs.pipeline import Examples
+from training.callbacks import Callback
 from training.folders import Folders
-from training.trainer import Trainer
+from training.trainer import Device, Run, Trainer
 
 SCALARS = ["loss/total", "loss/entropy", "loss/reconstruction", "accuracy"]
 CLASSES = ("a", "b", "c")
@@ -94,34 +94,41 @@ def folders_in(folder):
     return Folders(folder / "checkpoint", folder / "best", folder / "logs")
 
 
+class Calls(Callback):
+    """A Callback whose methods are these functions."""
+
+    def __init__(self, **functions):
+        assert all(hasattr(Callback, name) for name in functions)
+        vars(self).update(functions)
+
+
 def trainer_in(
     folder,
     n=45,
     validation=True,
-    metadata=None,
-    report=lambda text: None,
+    settings=None,
+    description=None,
     net=None,
     strategy=None,
     jit=False,
-    draw=dict,
-    summarize=lambda evaluation: None,
+    callbacks=(),
     **config,
 ):
-    """A Trainer of 45 examples in batches of 8, the last of 5, with 9 others to validate."""
+    """A Trainer of 45 examples in batches of 8, the last of 5, with 9 others to validate.
+
+    A name that begins with "on_" is a function that its callback of that name calls.
+    """
+    calls = {name: config.pop(name) for name in list(config) if name.startswith("on_")}
     with (strategy or tf.distribute.get_strategy()).scope():
         net = net or network()
     return Trainer(
         net,
         blobs(n),
         TrainingConfig(**{"batch_size": 8, "decay_steps": 5} | config),
-        folders_in(folder),
-        metadata or {},
+        Run(folders_in(folder), settings or {}, description or {}),
         blobs(9, seed=1) if validation else None,
-        jit,
-        strategy,
-        report,
-        draw,
-        summarize,
+        Device(strategy, jit),
+        [*callbacks, Calls(**calls)],
     )
 
 
@@ -155,27 +162,14 @@ class Crash(Exception):
     """A fault on purpose, in the middle of a training run."""
 
 
-def crash_at(step):
-    def on_step(progress):
+def crash(trainer, step, save_steps=5):
+    """Train until a fault after a step."""
+
+    def fail(progress):
         if progress.step == step:
             raise Crash
 
-    return on_step
-
-
-def crash(trainer, step, **arguments):
-    """Train until a fault after a step."""
+    trainer.callbacks = [*trainer.callbacks, Calls(on_train_batch_end=fail)]
     with contextlib.suppress(Crash):
-        trainer.fit(2, 5, on_step=crash_at(step), **arguments)
+        trainer.fit(2, save_steps)
         raise AssertionError("the training did not stop")
-
-
-def spoil_at(trainer, step):
-    """Make a weight not a number after a step."""
-
-    def on_step(progress):
-        if progress.step == step:
-            kernel = trainer.network.hidden.kernel
-            kernel.assign(kernel * math.nan)
-
-    return on_step
