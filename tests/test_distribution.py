@@ -321,7 +321,7 @@ def start(quiet):
     )
     return tf
 startup.start_tensorflow = start
-sys.exit(main.main(sys.argv))
+sys.exit(main.main([main.__file__, *sys.argv[1:]]))
 """
 
 
