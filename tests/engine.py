@@ -1,7 +1,8 @@
 """A tiny network without capsules, its data and its Trainer, for the tests of `training/`."""
 
 import contextlib
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import keras
 import numpy as np
@@ -29,14 +30,24 @@ class Outputs(NamedTuple):
     reconstruction: tf.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """What describes a `TinyNetwork`."""
+
+    loss_terms: ClassVar[tuple] = ("entropy", "reconstruction")
+
+    units: int = 4
+
+    def describe(self):
+        return {"network": "tiny", "units": self.units, "classes": list(CLASSES)}
+
+
 class TinyNetwork(keras.Model):
     """A hidden layer, one layer that classifies and one that reconstructs the image from it."""
 
-    loss_names = ("entropy", "reconstruction")
-
     def __init__(self, units=4):
         super().__init__()
-        self.units = units
+        self.config = TinyConfig(units)
         self.hidden = keras.layers.Dense(units, "tanh", name="hidden")
         self.logits = keras.layers.Dense(len(CLASSES), name="logits")
         self.pixels = keras.layers.Dense(64, name="pixels")
@@ -45,21 +56,15 @@ class TinyNetwork(keras.Model):
         self.pixels.build((None, units))
         self.built = True
 
-    @property
-    def architecture(self):
-        return {"units": self.units, "classes": list(CLASSES)}
+    def outputs(self, batch, seed=None):
+        return self.outputs_by(self.hidden.kernel.value, batch)
 
-    def spectra(self):
-        """The kernel of the hidden layer, doubled: `outputs` halves it again, without rounding."""
-        return 2 * self.hidden.kernel
-
-    def outputs(self, batch, spectra=None, compile_part=None, step=None):
+    def outputs_by(self, kernel, batch):
         digits, shift, labels, _ = batch
         moved = tf.cast(digits[:, 0], tf.float32) / 255 + 0.01 * tf.cast(
             tf.reduce_sum(shift, axis=2)[..., None, None], tf.float32
         )
         x = tf.reshape(moved, (-1, 64))
-        kernel = self.hidden.kernel.value if spectra is None else spectra / 2
         hidden = tf.tanh(x @ kernel + self.hidden.bias)
         scores = self.logits(hidden)
         predictions = tf.argmax(scores, axis=1, output_type=tf.int32)[:, None]
@@ -73,6 +78,22 @@ class TinyNetwork(keras.Model):
 
     def loss_terms(self, outputs):
         return {"entropy": outputs.entropy, "reconstruction": outputs.reconstruction}
+
+    def inference(self, compile_part):
+        return TinyInference(self)
+
+
+class TinyInference:
+    """A `TinyNetwork` that prepares twice its kernel, and halves it again, without rounding."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def prepare(self):
+        return 2 * self.network.hidden.kernel
+
+    def outputs(self, batch, prepared):
+        return self.network.outputs_by(prepared / 2, batch)
 
 
 def blobs(n, overlap=False, seed=0):

@@ -14,6 +14,7 @@ from engine import events, folders_in, network, same, state, trainer_in
 
 from capsnet.config import TrainingConfig
 from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
+from capsnet.metadata import complete, differences
 from inputs import datasets
 from inputs.pipeline import Examples, split_validation
 from model import CapsNet
@@ -22,7 +23,6 @@ from training.checkpoints import (
     Checkpoints,
     ReadOnlyCheckpoints,
     RunState,
-    differences,
     load_weights,
     newest_intact,
     newest_metadata,
@@ -48,7 +48,7 @@ def make_checkpoints(folder, net=None, keep=2, kind=Checkpoints):
 
 
 def metadata_of(net):
-    return {"shape": net.architecture, "training": {"averaging": 0.0, "seed": 3}}
+    return complete({"shape": net.config.describe(), "training": {"averaging": 0.0, "seed": 3}})
 
 
 def listed(folder):
@@ -65,7 +65,8 @@ def test_a_checkpoint_has_each_variable_under_its_path_and_the_state_of_the_run(
     net = network()
     optimizer = make_optimizer(net)
     checkpoints = Checkpoints(tmp_path, net, optimizer, 4)
-    checkpoints.save(RunState(7, np.arange(4.0), 0.25), {"shape": {}, "note": "é"})
+    metadata = {"shape": {}, "training": {}, "note": "é"}
+    checkpoints.save(RunState(7, np.arange(4.0), 0.25), metadata)
     reader = tf.train.load_checkpoint(str(tmp_path / "ckpt-7"))
     expected = {"sums": np.arange(4.0), "best": np.float64(0.25), "step": np.int64(7)}
     for group, variables in ("weights", net.variables), ("optimizer", optimizer.variables):
@@ -77,8 +78,8 @@ def test_a_checkpoint_has_each_variable_under_its_path_and_the_state_of_the_run(
         saved = reader.get_tensor(key + VALUE)
         assert saved.dtype == value.dtype
         np.testing.assert_array_equal(saved, value)
-    assert json.loads(reader.get_tensor("facts" + VALUE)) == {"shape": {}, "note": "é"}
-    assert read_metadata(tmp_path, 7) == {"shape": {}, "note": "é"}
+    assert json.loads(reader.get_tensor("facts" + VALUE)) == metadata
+    assert read_metadata(tmp_path, 7) == complete(metadata)
 
 
 def test_restoring_brings_back_variables_and_state_into_another_network(tmp_path):
