@@ -291,13 +291,13 @@ def small_trainer(folder):
     """Return a Trainer of a small network, which writes to a folder."""
     from model import CapsNet
     from training.folders import Folders
-    from training.trainer import Trainer
+    from training.trainer import Device, Run, Trainer
 
     data = timing.load_digits(32)
     network = CapsNet(data.canvas_shape(), timing.CLASSES, 4, 2, 4, 4, decoder_units=(8,))
     folders = Folders(folder / "checkpoint", folder / "best", folder / "logs")
     training = config.TrainingConfig(batch_size=8)
-    return Trainer(network, data, training, folders, {}, jit=False, report=lambda text: None)
+    return Trainer(network, data, training, Run(folders), device=Device(jit=False))
 
 
 def damaged_checkpoints(folder, dice, kind, tries=5):

@@ -155,7 +155,7 @@ def make_trainer(
 
     from model import CapsNet
     from training.folders import Folders
-    from training.trainer import Trainer
+    from training.trainer import Device, Run, Trainer
 
     with (strategy or tf.distribute.get_strategy()).scope():
         network = CapsNet(data.canvas_shape(), CLASSES, conv=conv, dtype=precision)
@@ -164,8 +164,8 @@ def make_trainer(
         network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)
         network.digits.build(network.primary.compute_output_shape(primary))
     training = config.TrainingConfig(batch_size=batch_size)
-    folders = Folders(*[Path("unused")] * 3)
-    return Trainer(network, data, training, folders, {}, jit=jit, strategy=strategy)
+    run = Run(Folders(*[Path("unused")] * 3))
+    return Trainer(network, data, training, run, device=Device(strategy, jit))
 
 
 def first_batch(trainer):

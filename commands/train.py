@@ -5,6 +5,8 @@ import shlex
 import time
 from pathlib import Path
 
+import tensorflow as tf
+
 import model
 import utils
 from capsnet.config import TrainingConfig
@@ -18,8 +20,9 @@ from figures.pages import drawable_names
 from inputs.appearance import KEY, measure_appearance
 from runtime import machine
 from runtime.terminal import Display, plural, report_written
-from training.events import read_scalars
-from training.trainer import Trainer
+from training.callbacks import Callback, Printing
+from training.events import read_scalars, write_texts
+from training.trainer import Device, Run, Trainer
 
 EXAMPLES = 20  # images in a picture of reconstructions
 
@@ -42,17 +45,12 @@ def train(flags, argv, devices, data, other_modes):
     announce(flags, config, devices, data)
     with Display() as display:
         trainer = make_trainer(flags, config, devices, data, display.report)
+        trainer.callbacks.append(Printing(display, folders.checkpoint))
+        if devices.chief:
+            texts = {"flags": flag_table(flags), "command": shlex.join(argv)}
+            trainer.callbacks.append(TensorBoard(trainer.network, data, texts))
         began = time.perf_counter()
-        trained = trainer.fit(
-            flags.epoch,
-            flags.save_steps,
-            flags.restart,
-            on_step=display.show_step,
-            on_resume=lambda step: display.report(
-                f"Resuming from step {step} ({folders.checkpoint})."
-            ),
-            texts={"flags": flag_table(flags), "command": shlex.join(argv)},
-        )
+        trained = trainer.fit(flags.epoch, flags.save_steps, flags.restart)
     if trained:
         print(
             f"Trained to step {trainer.state.step} in {time.perf_counter() - began:.0f} s; "
@@ -155,6 +153,34 @@ def describe(flags, config, devices, data):
     return lines
 
 
+class TensorBoard(Callback):
+    """Writes texts at the start of a run, and pictures and summaries after each epoch.
+
+    Args:
+        network: the network that is trained.
+        data: CommandData.
+        texts: dict of name to text.
+    """
+
+    def __init__(self, network, data, texts):
+        self.network, self.data, self.texts = network, data, texts
+
+    def on_train_begin(self, step):
+        """Write the texts, unless a run is resumed."""
+        if step == 0:
+            write_texts(self.texts)
+
+    def on_epoch_end(self, epoch):
+        """Draw the first images for validation, or for training if there are none."""
+        shown = self.data.validation or self.data.train
+        for tag, picture in draw_examples(self.network, shown).items():
+            tf.summary.image(tag, picture[None])
+
+    def on_test_end(self, validation):
+        """Summarize the Evaluation of the validation."""
+        summarize(validation.evaluation, self.data.train, self.network.config.score)
+
+
 def make_trainer(flags, config, devices, data, report):
     """Make the Trainer of a command.
 
@@ -173,19 +199,14 @@ def make_trainer(flags, config, devices, data, report):
         start_with_weights(flags, network, data, report)
     names = TrainingConfig._fields
     appearance = measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+    metadata = run_metadata(flags, network, data)
     return Trainer(
         network,
         data.train,
         TrainingConfig(**{name: getattr(flags, name) for name in names}),
-        run_folders(flags),
-        run_metadata(flags, network, data),
-        validation=data.validation,
-        jit=devices.jit,
-        strategy=devices.strategy,
-        report=report,
-        draw=lambda: draw_examples(network, data.validation or data.train),
-        summarize=lambda evaluation: summarize(evaluation, data.train, config.score),
-        description={KEY: appearance.to_metadata()},
+        Run(run_folders(flags), metadata, {KEY: appearance.to_metadata()}),
+        data.validation,
+        Device(devices.strategy, devices.jit),
     )
 
 

@@ -78,6 +78,7 @@ def load_network(image_shape, checkpoint):
         UserError: the weights do not fit, or belong to another data set.
     """
     from commands.pretrained import load_pretrained
+
     from model import CapsNet
     from training.checkpoints import load_weights
 

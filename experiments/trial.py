@@ -1,6 +1,5 @@
 """One training and test of a network. It resumes where it was stopped, and is never done twice."""
 
-import functools
 import hashlib
 import json
 import math
@@ -15,11 +14,12 @@ from capsnet import errors
 from capsnet.config import SAVE_STEPS
 from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
+from training.callbacks import Printing
 from training.checkpoints import load_weights
 from training.evaluation import Evaluator
 from training.events import read_scalars
 from training.folders import Folders
-from training.trainer import Trainer
+from training.trainer import Run, Trainer
 
 CHECKS = 2  # times in an epoch that the accuracy is checked
 TOLERANCE = 1e-9  # 99.23 / 100 is a little more than 9923 / 10000
@@ -126,17 +126,15 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
     """
     folders = Folders(*(folder / name for name in ("checkpoint", "best", "logs")))
     with terminal.Display() as display:
-        trainer = Trainer(
-            network, data, training, folders, {"data": fingerprint}, report=display.report
-        )
-        fit = functools.partial(trainer.fit, save_steps=SAVE_STEPS, on_step=display.show_step)
+        run = Run(folders, {"data": fingerprint})
+        trainer = Trainer(network, data, training, run, callbacks=[Printing(display)])
         if goal is None:
-            fit(epochs)
+            trainer.fit(epochs, SAVE_STEPS)
             return {"trained_epochs": epochs, "held_out_accuracy": None}
         evaluator = Evaluator(network, jit=True)
         for check in range(1, CHECKS * epochs + 1):
             trained = check / CHECKS
-            fit(trained)
+            trainer.fit(trained, SAVE_STEPS)
             if trainer.state.step > math.ceil(trained * trainer.steps_per_epoch):
                 if check < CHECKS * epochs:
                     continue  # an earlier command has trained further

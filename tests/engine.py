@@ -1,8 +1,8 @@
 """A tiny network without capsules, its data and its Trainer, for the tests of `training/`."""
 
 import contextlib
-import math
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import keras
 import numpy as np
@@ -12,8 +12,9 @@ from tensorboard.util import tensor_util
 
 from capsnet.config import TrainingConfig
 from inputs.pipeline import Examples
+from training.callbacks import Callback
 from training.folders import Folders
-from training.trainer import Trainer
+from training.trainer import Device, Run, Trainer
 
 SCALARS = ["loss/total", "loss/entropy", "loss/reconstruction", "accuracy"]
 CLASSES = ("a", "b", "c")
@@ -29,14 +30,24 @@ class Outputs(NamedTuple):
     reconstruction: tf.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """What describes a `TinyNetwork`."""
+
+    loss_terms: ClassVar[tuple] = ("entropy", "reconstruction")
+
+    units: int = 4
+
+    def describe(self):
+        return {"network": "tiny", "units": self.units, "classes": list(CLASSES)}
+
+
 class TinyNetwork(keras.Model):
     """A hidden layer, one layer that classifies and one that reconstructs the image from it."""
 
-    loss_names = ("entropy", "reconstruction")
-
     def __init__(self, units=4):
         super().__init__()
-        self.units = units
+        self.config = TinyConfig(units)
         self.hidden = keras.layers.Dense(units, "tanh", name="hidden")
         self.logits = keras.layers.Dense(len(CLASSES), name="logits")
         self.pixels = keras.layers.Dense(64, name="pixels")
@@ -45,21 +56,15 @@ class TinyNetwork(keras.Model):
         self.pixels.build((None, units))
         self.built = True
 
-    @property
-    def architecture(self):
-        return {"units": self.units, "classes": list(CLASSES)}
+    def outputs(self, batch, seed=None):
+        return self.outputs_by(self.hidden.kernel.value, batch)
 
-    def spectra(self):
-        """The kernel of the hidden layer, doubled: `outputs` halves it again, without rounding."""
-        return 2 * self.hidden.kernel
-
-    def outputs(self, batch, spectra=None, compile_part=None, step=None):
+    def outputs_by(self, kernel, batch):
         digits, shift, labels, _ = batch
         moved = tf.cast(digits[:, 0], tf.float32) / 255 + 0.01 * tf.cast(
             tf.reduce_sum(shift, axis=2)[..., None, None], tf.float32
         )
         x = tf.reshape(moved, (-1, 64))
-        kernel = self.hidden.kernel.value if spectra is None else spectra / 2
         hidden = tf.tanh(x @ kernel + self.hidden.bias)
         scores = self.logits(hidden)
         predictions = tf.argmax(scores, axis=1, output_type=tf.int32)[:, None]
@@ -73,6 +78,22 @@ class TinyNetwork(keras.Model):
 
     def loss_terms(self, outputs):
         return {"entropy": outputs.entropy, "reconstruction": outputs.reconstruction}
+
+    def inference(self, compile_part):
+        return TinyInference(self)
+
+
+class TinyInference:
+    """A `TinyNetwork` that prepares twice its kernel, and halves it again, without rounding."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def prepare(self):
+        return 2 * self.network.hidden.kernel
+
+    def outputs(self, batch, prepared):
+        return self.network.outputs_by(prepared / 2, batch)
 
 
 def blobs(n, overlap=False, seed=0):
@@ -94,34 +115,41 @@ def folders_in(folder):
     return Folders(folder / "checkpoint", folder / "best", folder / "logs")
 
 
+class Calls(Callback):
+    """A Callback whose methods are these functions."""
+
+    def __init__(self, **functions):
+        assert all(hasattr(Callback, name) for name in functions)
+        vars(self).update(functions)
+
+
 def trainer_in(
     folder,
     n=45,
     validation=True,
-    metadata=None,
-    report=lambda text: None,
+    settings=None,
+    description=None,
     net=None,
     strategy=None,
     jit=False,
-    draw=dict,
-    summarize=lambda evaluation: None,
+    callbacks=(),
     **config,
 ):
-    """A Trainer of 45 examples in batches of 8, the last of 5, with 9 others to validate."""
+    """A Trainer of 45 examples in batches of 8, the last of 5, with 9 others to validate.
+
+    A name that begins with "on_" is a function that its callback of that name calls.
+    """
+    calls = {name: config.pop(name) for name in list(config) if name.startswith("on_")}
     with (strategy or tf.distribute.get_strategy()).scope():
         net = net or network()
     return Trainer(
         net,
         blobs(n),
         TrainingConfig(**{"batch_size": 8, "decay_steps": 5} | config),
-        folders_in(folder),
-        metadata or {},
+        Run(folders_in(folder), settings or {}, description or {}),
         blobs(9, seed=1) if validation else None,
-        jit,
-        strategy,
-        report,
-        draw,
-        summarize,
+        Device(strategy, jit),
+        [*callbacks, Calls(**calls)],
     )
 
 
@@ -155,27 +183,14 @@ class Crash(Exception):
     """A fault on purpose, in the middle of a training run."""
 
 
-def crash_at(step):
-    def on_step(progress):
+def crash(trainer, step, save_steps=5):
+    """Train until a fault after a step."""
+
+    def fail(progress):
         if progress.step == step:
             raise Crash
 
-    return on_step
-
-
-def crash(trainer, step, **arguments):
-    """Train until a fault after a step."""
+    trainer.callbacks = [*trainer.callbacks, Calls(on_train_batch_end=fail)]
     with contextlib.suppress(Crash):
-        trainer.fit(2, 5, on_step=crash_at(step), **arguments)
+        trainer.fit(2, save_steps)
         raise AssertionError("the training did not stop")
-
-
-def spoil_at(trainer, step):
-    """Make a weight not a number after a step."""
-
-    def on_step(progress):
-        if progress.step == step:
-            kernel = trainer.network.hidden.kernel
-            kernel.assign(kernel * math.nan)
-
-    return on_step

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
+import story
 import tensorflow as tf
 from engine import SCALARS, blobs, events, folders_in, same, state, trainer_in
-from story import last_values
 
 import training.evaluation
 from capsnet.config import TrainingConfig
@@ -34,7 +34,7 @@ from training.distribution import (
     sum_over_workers,
 )
 from training.evaluation import Evaluator
-from training.trainer import Trainer
+from training.trainer import Device, Run, Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,9 +69,8 @@ def save_first_step_and_evaluation(strategy, folder):
         net = CapsNet((8, 8, 1), 3, 5, 2, 3, 4, 2, 3, (6,), conv="dft")
         net.digits.W.assign(10 * net.digits.W)
     config = TrainingConfig(batch_size=6)
-    trainer = Trainer(
-        net, data, config, folders_in(folder / "first"), {}, jit=False, strategy=strategy
-    )
+    run = Run(folders_in(folder / "first"))
+    trainer = Trainer(net, data, config, run, device=Device(strategy, jit=False))
     batch = next(iter(batches(data, data.training_plan(0, 0), 6, strategy=strategy)))
     metrics = trainer.train_step(batch).numpy()
     # After one step Adam's first moment is a tenth of the gradient.
@@ -82,24 +81,31 @@ def save_first_step_and_evaluation(strategy, folder):
     }
     np.savez(folder / "first.npz", metrics=metrics, **moments)
 
-    training.evaluation.BATCH_SIZE = 15  # of two replicas one gets 8 and the other 7 and a filler
     data = blobs(63, seed=2)
-    evaluation = Evaluator(net, False, strategy).evaluate(data, data.evaluation_plan())
+    with pytest.MonkeyPatch.context() as patch:
+        # Of two replicas one gets 8 and the other 7 and a filler.
+        patch.setattr(training.evaluation, "BATCH_SIZE", 15)
+        evaluation = Evaluator(net, False, strategy).evaluate(data, data.evaluation_plan())
     arrays = evaluation._asdict()
     np.savez(folder / "test.npz", **arrays.pop("losses"), **arrays)
 
 
-def train_on_replicas(count, folder):
-    """In a process of its own: save what a training run on so many logical CPUs computes.
-
-    One of 1 is without a strategy. The last batch of an epoch has 3 examples for 6 places, so a
-    replica gets none; 63 images to evaluate.
-    """
+def train_on_two_replicas(folder):
+    """In a process of its own: save what a training run on two logical CPUs computes."""
     cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * count
+    devices = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, devices)
-    strategy = choose_strategy("one" if count == 1 else "mirrored")
-    assert strategy.num_replicas_in_sync == count and is_chief(strategy)
+    strategy = choose_strategy("mirrored")
+    assert strategy.num_replicas_in_sync == 2 and is_chief(strategy)
+    train_with(strategy, folder)
+
+
+def train_with(strategy, folder):
+    """Save what a training run with a strategy computes.
+
+    The last batch of an epoch has 3 examples for 6 places, so one of two replicas gets none; 63
+    images to evaluate.
+    """
     save_batches(strategy, folder / "parts.npz")
     save_first_step_and_evaluation(strategy, folder)
     for epochs in 1, 3:  # the second resumes from what the first saved
@@ -120,21 +126,18 @@ def trained(tmp_path_factory):
     """Folders of what was trained without a strategy and on two replicas."""
     folders = {count: tmp_path_factory.mktemp(f"replicas{count}") for count in (1, 2)}
     code = (
-        "import pathlib, sys; sys.path[:0] = sys.argv[3:]; import test_distribution as t; "
-        "t.train_on_replicas(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+        "import pathlib, sys; sys.path[:0] = sys.argv[2:]; import test_distribution as t; "
+        "t.train_on_two_replicas(pathlib.Path(sys.argv[1]))"
     )
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(count), folder, ROOT, ROOT / "tests"],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for count, folder in folders.items()
-    ]
-    for child in children:
-        out, _ = child.communicate(timeout=240)
-        assert child.returncode == 0, out
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, folders[2], ROOT, ROOT / "tests"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    train_with(choose_strategy("one"), folders[1])
+    out, _ = child.communicate(timeout=240)
+    assert child.returncode == 0, out
     return folders
 
 
@@ -156,7 +159,7 @@ def test_loss_and_gradients_of_the_first_step_do_not_depend_on_the_replicas(trai
         np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-6 * largest)
 
 
-def test_a_training_on_replicas_that_was_resumed_ends_like_one_without_them(trained):
+def test_a_run_on_replicas_that_was_resumed_ends_like_one_without_them(trained):
     one, several = (np.load(trained[count] / "weights.npz") for count in (1, 2))
     for name in one.files:
         limit = 2e-5 * np.abs(one[name]).max()
@@ -234,11 +237,10 @@ def not_chief(monkeypatch):
 def test_a_worker_that_is_not_the_chief_computes_the_same_and_writes_nothing(
     tmp_path, finished_run, not_chief
 ):
-    drawn = []
-    trainer = trainer_in(tmp_path, draw=lambda: drawn.append(1), summarize=drawn.append)
-    assert trainer.fit(2, 5, texts={"a": "text"})
-    assert same(state(trainer), finished_run[1]) and trainer.state.best_loss < np.inf
-    assert not list(tmp_path.iterdir()) and not drawn
+    trainer = trainer_in(tmp_path, on_epoch_end=lambda epoch: tf.summary.scalar("drawn", epoch))
+    assert trainer.fit(2, 5)
+    assert same(state(trainer), finished_run.state) and trainer.state.best_loss < np.inf
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_resumes_from_the_step_that_the_chief_names(run_copy, finished_run, not_chief):
@@ -248,7 +250,7 @@ def test_a_worker_resumes_from_the_step_that_the_chief_names(run_copy, finished_
     before, not_chief.step = contents(), 10
     trainer = trainer_in(run_copy)
     assert trainer.fit(2, 5) and trainer.resumed_step == 10
-    assert same(state(trainer), finished_run[1])
+    assert same(state(trainer), finished_run.state)
     not_chief.step = 12
     assert not trainer.fit(2, 5) and trainer.state.step == 12
     assert not_chief.own_steps == [0, 0]
@@ -302,13 +304,31 @@ SMALL = [
 
 def environment(config):
     names = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    return names | {"TF_CONFIG": json.dumps(config)}
+    return names | {"TF_CONFIG": json.dumps(config), "PYTHONPATH": str(ROOT)}
+
+
+# Runs main.py, which notices a dead worker after seconds and not after a minute.
+IMPATIENT = """
+import functools, sys
+import main
+from runtime import startup
+start_tensorflow = startup.start_tensorflow
+def start(quiet):
+    tf = start_tensorflow(quiet)
+    from tensorflow.python.eager.context import Context
+    Context.configure_coordination_service = functools.partialmethod(
+        Context.configure_coordination_service, heartbeat_timeout_in_ms=10_000
+    )
+    return tf
+startup.start_tensorflow = start
+sys.exit(main.main([main.__file__, *sys.argv[1:]]))
+"""
 
 
 class Workers:
     """Workers that are started with one command, on free ports of this machine."""
 
-    def __init__(self, folder, count, *words, **different):
+    def __init__(self, folder, count, *words, program=(ROOT / "main.py",), **different):
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
             for each in sockets:
@@ -323,8 +343,8 @@ class Workers:
             self.processes.append(
                 subprocess.Popen(
                     [
-                        *(sys.executable, ROOT / "main.py", "--strategy=multi_worker", data),
-                        *last_values([*words, *more]),
+                        *(sys.executable, *program, "--strategy=multi_worker", data),
+                        *story.last_values([*words, *more]),
                     ],
                     cwd=folder,
                     text=True,
@@ -379,13 +399,11 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     cut, whole, digits = tmp_path / "cut", tmp_path / "whole", tmp_path / "mnist.npz"
     write_digits(digits, 120, 400)
     settings = [*SMALL, f"--dataset={digits}"]
-    workers = Workers(cut, 2, "--train", *settings)
+    workers = Workers(cut, 2, "--train", *settings, program=("-c", IMPATIENT))
     workers.wait_for_checkpoint(cut)
     workers.processes[0].kill()
-    killed = time.monotonic()
     others = Workers(whole, 2, "--train", *settings)
     (victim, *_), (code, _, error) = workers.results()
-    assert time.monotonic() - killed < 240
     assert (code, victim) == (1, -signal.SIGKILL)
     assert error == (
         "main.py: another worker stopped or cannot be reached; start all workers again, they "
@@ -409,9 +427,8 @@ def test_two_workers_whose_chief_is_killed_resume_and_end_as_if_nothing_had_happ
     result = json.loads((cut / "logs/mnist/test.json").read_text())
     assert result["images"] == 400 and f"{result['wrong']} of 400 wrong" in out
     # All workers tested the weights of the last step, as one process does.
-    command = [sys.executable, ROOT / "main.py", "--test", *settings]
-    alone = subprocess.run(command, cwd=cut, check=True, capture_output=True, text=True).stdout
-    assert f", {result['wrong']} of 400 wrong" in alone
+    alone = story.run(cut, "--test", *settings, "--nodeterministic")
+    assert alone.code == 0 and f", {result['wrong']} of 400 wrong" in alone.out
 
     # Another number of workers may resume, and a signal to any one stops all.
     workers = Workers(whole, 3, "--train", *settings, "--epoch=100")
@@ -468,8 +485,8 @@ def test_a_tf_config_that_names_no_worker_is_refused_in_one_line(config, monkeyp
 
 def test_a_worker_whose_others_do_not_come_ends_after_the_time_that_it_printed(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main, runtime; "
-        "runtime.WORKERS_SECONDS = 3; main.main(sys.argv)"
+        "import main, sys; from runtime import startup; startup.WORKERS_SECONDS = 3; "
+        "main.main(sys.argv)"
     )
     alone = subprocess.run(
         [

@@ -13,6 +13,7 @@ from training.events import (
     read_scalars,
     replacing_events,
     write_settings,
+    write_texts,
 )
 
 
@@ -29,6 +30,11 @@ def write_events(path, steps, wall_times=None):
             writer.write(event.SerializeToString())
 
 
+def write_note(log, text="a text"):
+    with log.writing("train", 0):
+        write_texts({"note": text})
+
+
 def steps_in(path):
     records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
     return [tf.compat.v1.Event.FromString(record).step for record in records]
@@ -36,7 +42,7 @@ def steps_in(path):
 
 def test_a_log_writes_steps_texts_and_validation_to_their_own_folders(tmp_path):
     with EventLog(tmp_path, validation=True) as log:
-        log.write_texts({"note": "a text"})
+        write_note(log)
         log.write_step(1, 0.5, {"one": 0.25, "other": 2.0}, 0.75, 0.001)
         with log.writing("validation", 7):
             tf.summary.scalar("accuracy", 0.5)
@@ -61,7 +67,7 @@ def test_flushed_events_are_on_disk_while_the_log_is_still_open(tmp_path):
 def test_a_log_without_a_folder_takes_everything_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with EventLog(None, validation=True) as log:
-        log.write_texts({"note": "a text"})
+        write_note(log)
         log.write_step(1, 0.5, {"one": 0.25}, 0.75, 0.001)
         with log.writing("validation", 7):
             tf.summary.scalar("accuracy", 0.5)
@@ -72,7 +78,7 @@ def test_a_log_without_a_folder_takes_everything_and_writes_nothing(tmp_path, mo
 @pytest.mark.parametrize("step, train, validation", [(0, [], []), (2, [0, 1, 2], [2])])
 def test_a_log_drops_the_events_after_the_step_it_resumes_from(tmp_path, step, train, validation):
     with EventLog(tmp_path, validation=True) as log:
-        log.write_texts({"note": "a text"})
+        write_note(log)
         for number in (1, 2, 3):
             log.write_step(number, 0.5, {}, 0.5, 0.5)
         for number in (2, 4):
@@ -107,7 +113,7 @@ def test_replaced_events_are_those_of_the_same_name_and_no_others(tmp_path):
 
 
 def test_the_scalars_read_back_are_those_of_tensorboards_reader(finished_run):
-    folder = finished_run[0] / "logs"
+    folder = finished_run.folder / "logs"
     for run in ("train", "validation"):
         scalars, _ = read_scalars(folder / run)
         expected = {tag: value for (name, tag), value in events(folder).items() if name == run}
@@ -129,7 +135,7 @@ def test_scalars_are_read_up_to_the_last_step_and_with_it(tmp_path):
 
 def test_pictures_and_texts_are_no_scalars(tmp_path):
     with EventLog(tmp_path) as log:
-        log.write_texts({"note": "a text"})
+        write_note(log)
         with log.writing("train", 1):
             tf.summary.image("picture", np.zeros((1, 2, 2, 3), np.uint8))
     assert read_scalars(tmp_path / "train")[0] == {}
@@ -185,7 +191,7 @@ def test_a_kill_while_events_are_cut_loses_none_that_are_kept(tmp_path, monkeypa
 def test_texts_and_settings_may_have_the_bytes_of_odd_file_names(tmp_path):
     odd = os.fsdecode(b"a\xff")
     with EventLog(tmp_path) as log:
-        log.write_texts({"command": odd})
+        write_note(log, odd)
     write_settings(tmp_path, {"dataset": odd, "class_names": [odd]})
     text = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
     assert text.count(b"a\\udcff") >= 2

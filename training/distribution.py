@@ -54,7 +54,7 @@ def check_cluster(text):
 
 
 def is_chief(strategy):
-    """Tell whether this process is the one that writes files."""
+    """Return whether this process is the one that writes files."""
     resolver = strategy.cluster_resolver
     if resolver is None or not resolver.task_type:
         return True
@@ -92,5 +92,5 @@ def barrier(strategy):
 
 
 def all_equal(strategy, number):
-    """Tell whether an integer is the same in all processes of a strategy."""
+    """Return whether an integer is the same in all processes of a strategy."""
     return sum_over_workers(strategy, number) == number * count_workers(strategy)

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.plugins.hparams import api as hparams
+
+RECORD_OVERHEAD = 16  # bytes of a file around each event: its length, and two checksums
 
 
 class EventLog:
@@ -42,12 +45,6 @@ class EventLog:
         for writer in self._writers.values():
             writer.flush()
 
-    def write_texts(self, texts):
-        """Write texts by name, at step 0."""
-        with self._writers["train"].as_default(step=0):
-            for name, text in texts.items():
-                tf.summary.text(name, valid_unicode(text))
-
     def write_step(self, step, total, losses, accuracy, learning_rate):
         """Write the scalars of a training step."""
         with self._writers["train"].as_default(step=step):
@@ -65,6 +62,12 @@ def write_scalars(total, losses, accuracy):
     for name, value in losses.items():
         tf.summary.scalar(f"loss/{name}", value)
     tf.summary.scalar("accuracy", accuracy)
+
+
+def write_texts(texts):
+    """Write texts by name."""
+    for name, text in texts.items():
+        tf.summary.text(name, valid_unicode(text))
 
 
 def valid_unicode(text):
@@ -104,12 +107,9 @@ def event_files(folder):
         The path, the serialized events up to where a kill cut one, and whether none is cut.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*")):
-        records, whole = [], True
-        try:
-            records.extend(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
-        except tf.errors.DataLossError:
-            whole = False
-        yield path, records, whole
+        records = list(RawEventFileLoader(str(path)).Load())
+        size = sum(len(record) + RECORD_OVERHEAD for record in records)
+        yield path, records, size == path.stat().st_size
 
 
 def read_scalars(folder, last_step=math.inf):

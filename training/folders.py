@@ -1,20 +1,14 @@
 """The folders of a run: lock them, claim them for the run, and move an earlier run aside."""
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import lock_descriptor
+
 from capsnet.errors import FolderInUse, FolderTaken
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
-_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # by another process
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # for names of any bytes
 
 
@@ -28,10 +22,10 @@ class Folders(NamedTuple):
 
 @contextlib.contextmanager
 def run_lock(folders, report):
-    """Keep a second training out of the folders of a run.
+    """Keep a second training run out of the folders of a run.
 
-    The system frees the locks of a process that ends. Not every file system has locks: without them
-    the training runs all the same.
+    The system frees the locks of a process that ends. Not every file system has locks, such as some
+    Lustre and NFS: without them the run goes on, with a line that says so.
 
     Args:
         folders: Folders, or paths.
@@ -45,38 +39,27 @@ def run_lock(folders, report):
         if unlocked:
             report(
                 f"The file system has no locks for {', '.join(map(str, unlocked))}: make sure that "
-                "no other training runs there."
+                "no other training run writes there."
             )
         yield
 
 
 @contextlib.contextmanager
 def _folder_lock(folder):
-    """Lock a folder by a file next to it; yield whether the file system can lock files."""
+    """Lock a folder by a file next to it; yield whether the file system has locks."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _lock_file(file, folder)
+        try:
+            free, has_locks = lock_descriptor(file, blocking=False), True
+        except OSError:
+            free, has_locks = True, False
+        if not free:
+            raise FolderInUse(folder)
+        yield has_locks
     finally:
         os.close(file)  # frees the lock
-
-
-def _lock_file(file, folder):
-    """Lock a file (descriptor); return False where there are no locks, as on some Lustre and NFS.
-
-    Raises:
-        FolderInUse: another process has locked it.
-    """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _LOCKED:
-            raise FolderInUse(folder) from None
-        return False
-    return True
 
 
 def claim(folder, checkpoints):

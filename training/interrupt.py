@@ -5,7 +5,7 @@ import signal
 
 
 class Interrupted(Exception):
-    """A signal asked the training to stop, and its state is saved.
+    """A signal asked the training run to stop, and its state is saved.
 
     Attributes:
         number: number of the signal.

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +11,33 @@ import tensorflow as tf
 from capsnet.errors import NotFinite
 from capsnet.metadata import complete
 from inputs.pipeline import batches
+from training.callbacks import Validation
 from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, saved_steps
 from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator
 from training.events import EventLog, write_scalars, write_settings
-from training.folders import claim, run_lock
+from training.folders import Folders, claim, run_lock
 from training.interrupt import Interrupted, StopSignal
 from training.progress import Progress, Speedometer
 from training.resume import check_agreement, resume
 from training.step import compile_step, learning_rate, make_optimizer
 
 AGREEMENT_STEPS = 10  # between the votes of several workers on whether to stop
+
+
+class Run(NamedTuple):
+    """Where a training run writes, and what it saves with its weights."""
+
+    folders: Folders
+    settings: dict = {}  # what a resumed run must share with its beginning, besides the config
+    description: dict = {}  # what may be another in a resumed run
+
+
+class Device(NamedTuple):
+    """What computes."""
+
+    strategy: tf.distribute.Strategy | None = None  # in whose scope the network was created
+    jit: bool = True  # whether XLA compiles the step
 
 
 class FitContext(NamedTuple):
@@ -32,25 +47,19 @@ class FitContext(NamedTuple):
     save_steps: int
     log: EventLog
     stop: StopSignal
-    on_step: Callable
 
 
 class Trainer:
     """Trains a network and keeps its checkpoints and events; see `fit`.
 
     Args:
-        network: see the top of this file.
+        network: see `training.network`.
         data: Examples to train on.
         config: TrainingConfig.
-        folders: Folders.
-        metadata: dict of what else a resumed run must share with its beginning.
+        run: Run.
         validation: Examples to choose the best weights by, or None.
-        jit: whether XLA compiles the step.
-        strategy: tf.distribute.Strategy in whose scope the network was created, or None.
-        report: takes a line of text for the user.
-        draw: returns pictures (H, W, C) by their tags, drawn after each epoch; or None.
-        summarize: takes the Evaluation of `validation` and writes more summaries of it; or None.
-        description: dict that is saved with the weights; a resumed run may have another one.
+        device: Device, None for the default one.
+        callbacks: Callbacks, called in this order; the attribute is a list.
 
     Attributes:
         state: RunState.
@@ -61,34 +70,18 @@ class Trainer:
         best: Checkpoints of the weights with the lowest validation loss.
     """
 
-    def __init__(
-        self,
-        network,
-        data,
-        config,
-        folders,
-        metadata,
-        validation=None,
-        jit=True,
-        strategy=None,
-        report=print,
-        draw=None,
-        summarize=None,
-        description=None,
-    ):
-        self.network, self.data, self.config = network, data, config
-        self.folders, self.validation, self.report = folders, validation, report
+    def __init__(self, network, data, config, run, validation=None, device=None, callbacks=()):
+        strategy, jit = device or Device()
+        self.network, self.data, self.config, self.run = network, data, config, run
+        self.validation, self.callbacks = validation, list(callbacks)
         self.strategy = strategy or tf.distribute.get_strategy()
         self.chief = is_chief(self.strategy)
-        self.draw = draw if self.chief else None
-        self.summarize = summarize if self.chief else None
         # Steps to start before the result of one is read, so an accelerator never waits for Python.
         self.steps_ahead = 1 if tf.config.list_logical_devices("GPU") else 0
         self.steps_per_epoch = math.ceil(len(data.labels) / config.batch_size)
         self.metadata = complete(
-            {"shape": network.config.describe(), "training": config._asdict() | metadata}
+            {"shape": network.config.describe(), "training": config._asdict() | run.settings}
         )
-        self.description = description or {}
         with self.strategy.scope():
             self.optimizer = make_optimizer(config, network.trainable_variables)
         self.train_step = compile_step(network, self.optimizer, config, self.strategy, jit)
@@ -97,19 +90,16 @@ class Trainer:
         self.state = RunState(step=0, sums=np.zeros(n_sums))
         self.resumed_step = None
         kind = Checkpoints if self.chief else ReadOnlyCheckpoints
-        self.checkpoints = kind(folders.checkpoint, network, self.optimizer, n_sums)
-        self.best = kind(folders.best, network, self.optimizer, n_sums, keep=1)
+        self.checkpoints = kind(run.folders.checkpoint, network, self.optimizer, n_sums)
+        self.best = kind(run.folders.best, network, self.optimizer, n_sums, keep=1)
 
-    def fit(self, epochs, save_steps, restart=False, on_step=None, on_resume=None, texts=None):
+    def fit(self, epochs, save_steps, restart=False):
         """Train until `epochs` epochs are done, resuming from the last checkpoint if there is one.
 
         Args:
             epochs: in total, including those of earlier calls; of a fraction, the first steps.
             save_steps: steps between checkpoints; one is written after each epoch as well.
             restart: archive an earlier run and start over; for a Trainer that has not trained.
-            on_step: called after each step with a Progress.
-            on_resume: called with the step of the checkpoint that training resumes from.
-            texts: dict of name to text for TensorBoard.
 
         Returns:
             False if all epochs were done before.
@@ -128,24 +118,32 @@ class Trainer:
         last_step = math.ceil(epochs * self.steps_per_epoch)
         with contextlib.ExitStack() as stack:
             if self.chief:
-                stack.enter_context(run_lock(self.folders, self.report))
+                stack.enter_context(run_lock(self.run.folders, self._report))
             stop = stack.enter_context(StopSignal())
             self._resume(restart)
             if self.state.step >= last_step:
                 return False
-            if self.resumed_step and on_resume:
-                on_resume(self.resumed_step)
             log = stack.enter_context(self._open_folders())
-            if self.chief and self.state.step == 0:
-                settings = self.metadata["shape"] | self.metadata["training"]
-                write_settings(self.folders.logs, settings)
-                log.write_texts(texts or {})
-            context = FitContext(
-                last_step, save_steps, log, stop, on_step or (lambda progress: None)
-            )
+            self._begin(log)
+            context = FitContext(last_step, save_steps, log, stop)
             while self.state.step < last_step:
                 self._train_epoch(context)
             return True
+
+    def _begin(self, log):
+        """Write the settings of a new run, and tell the callbacks at which step training begins."""
+        step = self.state.step
+        if self.chief and step == 0:
+            settings = self.metadata["shape"] | self.metadata["training"]
+            write_settings(self.run.folders.logs, settings)
+        with log.writing("train", step):
+            for callback in self.callbacks:
+                callback.on_train_begin(step)
+
+    def _report(self, text):
+        """Give the callbacks a line of text for the user."""
+        for callback in self.callbacks:
+            callback.on_message(text)
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -185,7 +183,9 @@ class Trainer:
             losses = self._by_name(metrics)
             total, rate = self.config.total_loss(losses), learning_rate(self.config, step)
             context.log.write_step(step, total, losses, metrics[-1], rate)
-            context.on_step(self._progress(step, context.last_step, speedometer.count_step()))
+            progress = self._progress(step, context.last_step, speedometer.count_step())
+            for callback in self.callbacks:
+                callback.on_train_batch_end(progress)
 
     def _batch_examples(self, step):
         """Return the number of examples in the batch of a step."""
@@ -211,7 +211,7 @@ class Trainer:
         )
 
     def _stopping(self, stop):
-        """Tell whether to stop after this step; several workers all stop together."""
+        """Return whether to stop after this step; several workers all stop together."""
         asked = stop.number is not None
         if self.strategy.cluster_resolver is None:
             return asked
@@ -222,30 +222,29 @@ class Trainer:
     # --- The end of an epoch ----------------------------------------------------------------------
 
     def _end_epoch(self, context):
-        """Draw pictures, validate, and keep the best weights, before the epoch's checkpoint."""
+        """Validate and keep the best weights, before the epoch's checkpoint."""
         self.state.sums = np.zeros_like(self.state.sums)
-        step, data = self.state.step, self.validation
-        with self.averaged():
-            pictures = self.draw() if self.draw else {}
-            with context.log.writing("validation" if data else "train", step):
-                for tag, picture in pictures.items():
-                    tf.summary.image(tag, picture[None])
-            if not data:
-                return
-            evaluation = self.evaluator.evaluate(data, data.evaluation_plan())
+        events = "validation" if self.validation else "train"
+        with self.averaged(), context.log.writing(events, self.state.step):
+            for callback in self.callbacks:
+                callback.on_epoch_end(self.state.step // self.steps_per_epoch)
+            improved = self._validate() if self.validation else False
+        if improved:
+            self.best.save(self.state, self._metadata_at(context.last_step))
+
+    def _validate(self):
+        """Evaluate the validation data; return whether the loss is the lowest so far."""
+        data = self.validation
+        evaluation = self.evaluator.evaluate(data, data.evaluation_plan())
         loss = self.config.total_loss(evaluation.losses)
         improved = loss < self.state.best_loss
-        self.report(
-            f"Validation after step {step}: loss {loss:.5f}, accuracy "
-            f"{100 * evaluation.accuracy:.2f}%{', the best so far' if improved else ''}"
-        )
-        with context.log.writing("validation", step):
-            write_scalars(loss, evaluation.losses, evaluation.accuracy)
-            if self.summarize:
-                self.summarize(evaluation)
+        write_scalars(loss, evaluation.losses, evaluation.accuracy)
+        validation = Validation(self.state.step, loss, evaluation, improved)
+        for callback in self.callbacks:
+            callback.on_test_end(validation)
         if improved:
             self.state.best_loss = loss
-            self.best.save(self.state, self._metadata_at(context.last_step))
+        return improved
 
     @contextlib.contextmanager
     def averaged(self):
@@ -262,7 +261,7 @@ class Trainer:
     def _metadata_at(self, last_step):
         """Return the metadata of a checkpoint of this step."""
         steps = {"step": self.state.step, "last_step": last_step}
-        return self.metadata | self.description | steps
+        return self.metadata | self.run.description | steps
 
     def _save(self, context):
         """Write a checkpoint, unless a weight is not finite."""
@@ -273,36 +272,36 @@ class Trainer:
 
     def _resume(self, restart):
         """Restore the run that is in the folders, if there is one."""
-        folder = self.folders.checkpoint
-        if self.state.step and (restart or not saved_steps(folder)):
+        folders = self.run.folders
+        if self.state.step and (restart or not saved_steps(folders.checkpoint)):
             raise ValueError(
                 f"this Trainer is at step {self.state.step} and cannot start over, expected a new "
-                f"one, or a checkpoint in {folder} to resume from"
+                f"one, or a checkpoint in {folders.checkpoint} to resume from"
             )
         state = resume(
-            self.checkpoints, self.folders, self.metadata, self.strategy, restart, self.report
+            self.checkpoints, folders, self.metadata, self.strategy, restart, self._report
         )
         if state:
             self.state, self.resumed_step = state, state.step
 
     def _open_folders(self):
         """Delete what came after the step to resume from; return the EventLog."""
-        validation = self.validation is not None
+        validation, folders = self.validation is not None, self.run.folders
         if not self.chief:
             return EventLog(None, validation=validation)
-        claim(self.folders.logs, self.folders.checkpoint)
+        claim(folders.logs, folders.checkpoint)
         self.checkpoints.prepare(self.resumed_step)
         if validation:
-            claim(self.folders.best, self.folders.checkpoint)
+            claim(folders.best, folders.checkpoint)
             self._open_best()
-        return EventLog(self.folders.logs, self.state.step, validation)
+        return EventLog(folders.logs, self.state.step, validation)
 
     def _open_best(self):
         """Prepare the folder of the best weights; if they are lost, the next ones are the best."""
         if self.resumed_step is None:  # the first validation replaces weights of an earlier run
-            self.best.prepare(max(saved_steps(self.folders.best), default=None))
+            self.best.prepare(max(saved_steps(self.run.folders.best), default=None))
             return
-        step = self.best.newest_intact_step(self.report)
+        step = self.best.newest_intact_step(self._report)
         if step is None:
             self.state.best_loss = math.inf
         self.best.prepare(step)
