@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
+from experiment_lib import flags
 
 import figures
 import utils
 from capsnet import errors
 from inputs import datasets
 from runtime import machine
+from runtime.command_line import MOST, Flag, number, path_name, run_script
 
 ITERATIONS, IMAGES, CLASSES = 10, 10_000, 10
 BATCH_SIZE = 100
@@ -30,8 +31,8 @@ FLAGS = [
         "folder of a trained network of the default sizes; default: the weights that come with the "
         "program",
     ),
-    Flag("output", "runs/routing", path_name, "folder to write to"),
-    DATA_DIR,
+    flags.output("runs/routing"),
+    flags.DATA_DIR,
     Flag("images", IMAGES, number(int, 1, MOST), "use only the first N test images"),
 ]
 ADVICE = dict.fromkeys(
@@ -111,14 +112,11 @@ def measure_images(network, images, iterations):
 def table(changes, entropies):
     """Return the table of an experiment, lines of Markdown."""
     header = ["iteration", "mean change of a logit", "entropy of the couplings, bits"]
-    rows = zip(changes, entropies, strict=True)
-    return utils.markdown_table(
-        header,
-        [
-            (iteration, f"{change:.5f}", f"{entropy:.4f}")
-            for iteration, (change, entropy) in enumerate(rows, 1)
-        ],
-    )
+    rows = [
+        (iteration, f"{change:.5f}", f"{entropy:.4f}")
+        for iteration, (change, entropy) in enumerate(zip(changes, entropies, strict=True), 1)
+    ]
+    return utils.markdown_table(header, rows)
 
 
 def draw(path, changes, entropies):
@@ -135,18 +133,18 @@ def draw(path, changes, entropies):
     figures.save_figure(path, figure)
 
 
-def watch(flags):
+def watch(values):
     """Measure routing, print the table, and write the picture and the figures."""
-    mnist = datasets.load_dataset("mnist", flags.data_dir)
-    images = mnist.x_test[: flags.images]
-    network, metadata = load_network(images.shape[1:], flags.checkpoint)
-    changes, entropies = measure_images(network, images, flags.iterations)
+    mnist = datasets.load_dataset("mnist", values.data_dir)
+    images = mnist.x_test[: values.images]
+    network, metadata = load_network(images.shape[1:], values.checkpoint)
+    changes, entropies = measure_images(network, images, values.iterations)
     print(
         f"{len(images):,} test images, weights of step {metadata['step']:,}; entropy at most "
         f"{np.log2(CLASSES):.3f} bits\n"
     )
     print("\n".join(table(changes, entropies)))
-    output = Path(flags.output)
+    output = Path(values.output)
     draw(output / "routing.png", changes, entropies)
     result = {
         "changes": changes,
@@ -159,10 +157,5 @@ def watch(flags):
     print(f"\nWrote {output / 'routing.png'}, {output / 'routing.json'}")
 
 
-def main(argv):
-    """Run a command line and return its exit code."""
-    return run_script(argv, __doc__, FLAGS, watch, ADVICE)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(run_script(sys.argv, __doc__, FLAGS, watch, ADVICE))

@@ -13,8 +13,8 @@ from model import CapsNet
 
 torch = pytest.importorskip("torch")
 
-import pytorch_capsnet  # noqa: E402 - needs torch
-from pytorch_capsnet import Options, make_calls, shift  # noqa: E402
+from benchmark_lib import pytorch_capsnet  # noqa: E402 - needs torch
+from benchmark_lib.pytorch_capsnet import Options, make_calls, shift  # noqa: E402
 
 OPTIONS = [
     Options(),

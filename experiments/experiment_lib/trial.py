@@ -10,9 +10,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+import model
 import utils
 from capsnet import errors
 from capsnet.config import SAVE_STEPS
+from experiment_lib import cnn
 from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
 from training.checkpoints import load_weights
@@ -21,6 +23,7 @@ from training.events import read_scalars
 from training.folders import Folders
 from training.trainer import Trainer
 
+CLASSES = 10
 CHECKS = 2  # times in an epoch that the accuracy is checked
 TOLERANCE = 1e-9  # 99.23 / 100 is a little more than 9923 / 10000
 # Errors of a training run against which its folder can be removed.
@@ -42,8 +45,24 @@ class Goal(NamedTuple):
 
 
 def reaches(accuracy, goal):
-    """Tell whether an accuracy is as high as a goal, both in [0, 1]."""
+    """Return whether an accuracy is as high as a goal, both in [0, 1]."""
     return accuracy > goal - TOLERANCE
+
+
+def make_network(image_shape, architecture=None, digits=1, seed=0, **settings):
+    """Create a CNN, or a CapsNet if no architecture is given.
+
+    Args:
+        image_shape: (H, W, C).
+        architecture: a key of `cnn.ARCHITECTURES`.
+        digits: digits in an image, for a CNN.
+        seed: seed of a CNN's dropout.
+        **settings: arguments of the CapsNet.
+    """
+    conv = machine.fastest_conv()
+    if architecture:
+        return cnn.CNN(image_shape, CLASSES, architecture, digits, conv, seed)
+    return model.CapsNet(image_shape, CLASSES, conv=conv, **settings)
 
 
 def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=None):
@@ -112,7 +131,7 @@ def digest_data(train_data, test_data, plan):
 
 
 def is_final(outcome, epochs, goal):
-    """Tell whether a result stays as it is: a goal that was missed may now have more epochs."""
+    """Return whether a result stays as it is: a goal that was missed may now have more epochs."""
     if goal is None or reaches(outcome["held_out_accuracy"], goal.accuracy):
         return True
     return outcome["trained_epochs"] >= epochs

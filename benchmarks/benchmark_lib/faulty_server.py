@@ -14,9 +14,10 @@ import random
 import socket
 import struct
 import threading
-from pathlib import Path
 
-MNIST = Path(__file__).resolve().parent.parent / "data" / "mnist"
+import utils
+
+MNIST = utils.ROOT / "data" / "mnist"
 LABELS = "train-labels-idx1-ubyte.gz"
 GOOD = (MNIST / LABELS).read_bytes()
 WRONG = gzip.compress(bytes(60008))  # as many bytes as the labels have, all zero
@@ -24,6 +25,19 @@ BOMB = gzip.compress(bytes(50_000_000))
 FLOOD_BYTES = 50_000_000  # more than any limit of a client; the end of a flood that nobody stops
 DRIBBLE_BYTES = 500  # how much of a file is sent byte by byte
 SECONDS = 20  # after which a silent server gives up
+# Faults that are a body and a status.
+ANSWERS = {
+    "forbidden": (b"go away", 403),
+    "absent": (b"not here", 404),
+    "late": (b"too slow", 408),
+    "limited": (b"later", 429),
+    "failing": (b"oops", 500),
+    "busy": (b"later", 503),
+    "wrong": (WRONG, 200),
+    "noise": (random.Random(1).randbytes(5000), 200),
+    "page": (b"\n<!DOCTYPE html><title>Log in to the network</title>", 200),
+    "bomb": (BOMB, 200),  # few bytes that decompress to many
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -57,13 +71,16 @@ def serving():
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answer /FAULT/FILE by the method answer_FAULT."""
+    """Answer /FAULT/FILE by what ANSWERS has, or by the method answer_FAULT."""
 
     def do_GET(self):  # noqa: N802 - the name that http.server calls
         """Answer a request."""
         self.server.paths.append(self.path)
         fault, name = self.path.strip("/").split("/")
-        getattr(self, "answer_" + fault)((MNIST / name).read_bytes())
+        if fault in ANSWERS:
+            self.send(*ANSWERS[fault])
+        else:
+            getattr(self, f"answer_{fault}")((MNIST / name).read_bytes())
 
     def log_message(self, *args):
         """Log nothing."""
@@ -106,32 +123,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(b"later", 503)
         else:
             self.send(body)
-
-    # --- Status codes -----------------------------------------------------------------------------
-
-    def answer_forbidden(self, body):
-        """Refuse."""
-        self.send(b"go away", 403)
-
-    def answer_absent(self, body):
-        """Deny that the file exists."""
-        self.send(b"not here", 404)
-
-    def answer_late(self, body):
-        """Say that the request took too long."""
-        self.send(b"too slow", 408)
-
-    def answer_failing(self, body):
-        """Fail inside the server."""
-        self.send(b"oops", 500)
-
-    def answer_busy(self, body):
-        """Be unavailable."""
-        self.send(b"later", 503)
-
-    def answer_limited(self, body):
-        """Complain about too many requests."""
-        self.send(b"later", 429)
 
     def answer_loop(self, body):
         """Redirect to the same address."""
@@ -185,24 +176,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_garbage(self, body):
         """Send what is not HTTP."""
         self.wfile.write(b"this is not HTTP\r\n\r\n")
-
-    # --- Wrong contents ---------------------------------------------------------------------------
-
-    def answer_wrong(self, body):
-        """Send another file of the same size."""
-        self.send(WRONG)
-
-    def answer_noise(self, body):
-        """Send random bytes."""
-        self.send(random.Random(1).randbytes(5000))
-
-    def answer_page(self, body):
-        """Send the page of a network that wants a login."""
-        self.send(b"\n<!DOCTYPE html><title>Log in to the network</title>")
-
-    def answer_bomb(self, body):
-        """Send few bytes that decompress to many."""
-        self.send(BOMB)
 
     def answer_boast(self, body):
         """Announce a terabyte."""
