@@ -42,7 +42,7 @@ class Network(NamedTuple):
     """A network of the comparison."""
 
     title: str
-    architecture: str | None  # a key of `cnn.ARCHITECTURES`; None for the CapsNet
+    architecture: str | None  # of `capsnet.networks.CNN_LAYERS`; None for the CapsNet
     paper: float  # percent of affNIST that the paper's has right, at 99.23% of placed MNIST
 
 
@@ -224,11 +224,11 @@ def placed(data):
     return plan._replace(shift=shift)
 
 
-def make_network(name, seed=0):
-    """Create one of NETWORKS, by its name, with a seed of the dropout."""
+def make_network(name):
+    """Create one of NETWORKS, by its name."""
     from experiment_lib import trial
 
-    return trial.make_network((CANVAS, CANVAS, 1), NETWORKS[name].architecture, seed=seed)
+    return trial.make_network((CANVAS, CANVAS, 1), NETWORKS[name].architecture)
 
 
 def train_and_test(name, values, mnist):
@@ -253,7 +253,7 @@ def train_and_test(name, values, mnist):
         training = training._replace(reconstruction_weight=0.0)
     outcome, folder = trial.run(
         Path(values.output, name),
-        lambda: make_network(name, values.seed),
+        lambda: make_network(name),
         data.subset(train_indices),
         test_data,
         training,

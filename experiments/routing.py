@@ -28,16 +28,14 @@ FLAGS = [
         "checkpoint",
         None,
         path_name,
-        "folder of a trained network of the default sizes; default: the weights that come with the "
-        "program",
+        "folder of a CapsNet trained on MNIST; default: the weights that come with the program",
     ),
     flags.output("runs/routing"),
     flags.DATA_DIR,
     Flag("images", IMAGES, number(int, 1, MOST), "use only the first N test images"),
 ]
 ADVICE = dict.fromkeys(
-    (errors.NoCheckpoint, errors.DamagedCheckpoints, errors.NetworkMismatch),
-    "give the folder of a trained network of the default sizes",
+    (errors.NoCheckpoint, errors.DamagedCheckpoints), "give the folder of a trained network"
 )
 
 
@@ -76,21 +74,25 @@ def load_network(image_shape, checkpoint):
         checkpoint: folder, None for the weights that come with the program.
 
     Raises:
-        UserError: the weights do not fit, or belong to another data set.
+        UserError: the weights are damaged, or of another network or data set.
     """
-    from commands.pretrained import load_pretrained
-    from model import CapsNet
-    from training.checkpoints import load_weights
+    import model
+    from commands.weights import config_of, exported_metadata, load_exported
+    from training.checkpoints import load_weights, newest_metadata
 
-    network = CapsNet(image_shape, CLASSES, conv=machine.fastest_conv())
-    if checkpoint is None:
-        return network, load_pretrained(network, utils.ROOT / "pretrained" / "mnist")
-    metadata = load_weights(network, checkpoint, print)
-    trained = metadata["training"].get("dataset", "mnist")
-    if trained != "mnist":
+    folder = checkpoint or utils.ROOT / "pretrained" / "mnist"
+    metadata = newest_metadata(folder) if checkpoint else exported_metadata(folder)
+    config, trained = config_of(metadata, folder), metadata["training"].get("dataset", "mnist")
+    found = config.network, trained, tuple(config.image_shape)
+    if found != ("capsnet", "mnist", tuple(image_shape)):
         raise errors.UserError(
-            f"{checkpoint} was trained on {trained}, expected a network of MNIST; give its folder"
+            f"{folder} holds a {config.network} for {trained} of {config.image_shape}, expected a "
+            f"capsnet for mnist of {image_shape}"
         )
+    network = model.build(config, conv=machine.fastest_conv())
+    if checkpoint:
+        return network, load_weights(network, folder, print)
+    load_exported(network, folder)
     return network, metadata
 
 
@@ -99,7 +101,7 @@ def measure_images(network, images, iterations):
     import ops
 
     totals = np.zeros((2, iterations))
-    spectra = network.spectra()
+    spectra = network.conv1.spectrum(), network.primary.spectrum()
     for start in range(0, len(images), BATCH_SIZE):
         part = images[start : start + BATCH_SIZE].astype(np.float32) / 255
         u = network.primary(network.conv1(part, spectra[0]), spectra[1])

@@ -97,10 +97,10 @@ def run_row(name, seed, values):
     share = len(train_data.labels), len(mnist.y_train)
     settings = {"routing_iterations": row.iterations}
     if name == "cnn":
-        settings = {"architecture": "multi" if overlap else "mnist", "digits": 1 + overlap}
+        settings = {"architecture": "multi" if overlap else "mnist", "n_digits": 1 + overlap}
     outcome, _ = trial.run(
         Path(values.output, f"{values.dataset}_{name}_seed_{seed}"),
-        lambda: trial.make_network(train_data.canvas_shape(), seed=seed, **settings),
+        lambda: trial.make_network(train_data.canvas_shape(), **settings),
         train_data,
         test_data,
         make_training(row, seed, overlap, values.epochs, share),

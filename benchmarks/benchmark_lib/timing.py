@@ -142,7 +142,7 @@ def make_trainer(
         network = CapsNet(data.canvas_shape(), CLASSES, conv=conv, dtype=precision)
     if digits_layer:
         primary = network.conv1.compute_output_shape((None, *data.canvas_shape()))
-        network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)
+        network.digits = digits_layer(CLASSES, network.config.digit_dim)
         network.digits.build(network.primary.compute_output_shape(primary))
     training = config.TrainingConfig(batch_size=batch_size)
     folders = Folders(*[Path("unused")] * 3)
@@ -168,9 +168,11 @@ def make_inference(network, batch, jit=True):
     def compile_part(function):
         return tf.function(function, jit_compile=jit, autograph=False)
 
+    inference = network.inference(compile_part)
+
     @tf.function(autograph=False)
     def lengths(images, spectra):
-        return ops.length(network.capsules(images, spectra, compile_part))
+        return ops.length(inference.capsules(images, spectra))
 
-    spectra = network.spectra()
+    spectra = inference.prepare()
     return lambda: lengths(images, spectra).numpy()

@@ -14,7 +14,6 @@ import model
 import utils
 from capsnet import errors
 from capsnet.config import SAVE_STEPS
-from experiment_lib import cnn
 from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
 from training.checkpoints import load_weights
@@ -49,19 +48,17 @@ def reaches(accuracy, goal):
     return accuracy > goal - TOLERANCE
 
 
-def make_network(image_shape, architecture=None, digits=1, seed=0, **settings):
-    """Create a CNN, or a CapsNet if no architecture is given.
+def make_network(image_shape, architecture=None, **settings):
+    """Create a CNN of an architecture, or else a CapsNet, for MNIST's classes.
 
     Args:
         image_shape: (H, W, C).
-        architecture: a key of `cnn.ARCHITECTURES`.
-        digits: digits in an image, for a CNN.
-        seed: seed of a CNN's dropout.
-        **settings: arguments of the CapsNet.
+        architecture: see `capsnet.networks.CNNConfig`; None for a CapsNet.
+        **settings: other settings of the network.
     """
     conv = machine.fastest_conv()
     if architecture:
-        return cnn.CNN(image_shape, CLASSES, architecture, digits, conv, seed)
+        return model.CNN(image_shape, CLASSES, architecture, conv=conv, **settings)
     return model.CapsNet(image_shape, CLASSES, conv=conv, **settings)
 
 
@@ -89,7 +86,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     keras.utils.set_random_seed(training.seed)
     network = make()
     settings = {
-        "network": network.architecture,
+        "network": network.config.describe(),
         "training": training._asdict(),
         "epochs": None if goal else epochs,
         "until": [goal.accuracy, CHECKS] if goal else None,
