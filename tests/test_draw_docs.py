@@ -120,6 +120,8 @@ def test_the_animation_and_the_overview_show_the_dimensions_under_their_names(
     network, mnist, tmp_path, monkeypatch
 ):
     drawn = {}
+    monkeypatch.setattr(draw_docs, "TRIED", 2)
+    monkeypatch.setattr(draw_docs, "MEASURED", 30)
     monkeypatch.setattr(figures, "save_named_sweep", lambda *args: drawn.update(sweep=args))
     monkeypatch.setattr(figures, "save_tweak_overview", lambda *args: drawn.update(overview=args))
     draw_docs.draw_capsules(network, mnist, tmp_path)

@@ -85,6 +85,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     """
     keras.utils.set_random_seed(training.seed)
     network = make()
+    evaluator = Evaluator(network, jit=True)
     settings = {
         "network": network.config.describe(),
         "training": training._asdict(),
@@ -101,13 +102,15 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
         if is_final(outcome, epochs, goal):
             return outcome, folder
     try:
-        progress = train(network, train_data, training, folder, settings["data"], epochs, goal)
+        progress = train(
+            network, evaluator, train_data, training, folder, settings["data"], epochs, goal
+        )
         load_weights(network, folder / "checkpoint", print)
     except CURED_BY_REMOVAL as error:
         raise errors.UserError(
             f"{error}; delete {folder} and give the same command again to start over"
         ) from error
-    outcome = settings | progress | measure_accuracy(network, test_data, plan)
+    outcome = settings | progress | measure_accuracy(evaluator, test_data, plan)
     outcome["training_seconds"] = read_scalars(folder / "logs" / "train")[1]
     outcome["parameters"] = count_trained(network, training)
     outcome |= machine.provenance()
@@ -134,7 +137,7 @@ def is_final(outcome, epochs, goal):
     return outcome["trained_epochs"] >= epochs
 
 
-def train(network, data, training, folder, fingerprint, epochs, goal):
+def train(network, evaluator, data, training, folder, fingerprint, epochs, goal):
     """Train a network, or resume; see `run`.
 
     Returns:
@@ -149,7 +152,6 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
         if goal is None:
             fit(epochs)
             return {"trained_epochs": epochs, "held_out_accuracy": None}
-        evaluator = Evaluator(network, jit=True)
         for check in range(1, CHECKS * epochs + 1):
             trained = check / CHECKS
             fit(trained)
@@ -167,10 +169,10 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
     return {"trained_epochs": trained, "held_out_accuracy": reached}
 
 
-def measure_accuracy(network, data, plan):
-    """Return the accuracy of a network on a plan of the test data, by default on all of them."""
+def measure_accuracy(evaluator, data, plan):
+    """Return the accuracy on a plan of the test data, by default on all of them."""
     plan = data.evaluation_plan() if plan is None else plan
-    correct = Evaluator(network, jit=True).evaluate(data, plan).correct
+    correct = evaluator.evaluate(data, plan).correct
     wrong = int((~correct).sum())
     return {
         "accuracy": float(correct.mean()),
