@@ -12,9 +12,7 @@ fixed seed: they have affNIST's distribution, and are not the affNIST file. In t
 deformation are tested as well. Writes affine.json and affine.png.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -110,14 +108,13 @@ FLAGS = [
 def transform_matrix(rotation=0.0, shear=0.0, scale_y=1.0, scale_x=1.0):
     """Return the 2×2 matrix of a scaling, then a shear, then a rotation about a digit's middle.
 
+    It takes (x, y), from the middle, to where that point moves.
+
     Args:
         rotation: degrees, clockwise on the screen.
         shear: pixels to the right for each pixel down.
         scale_y: factor of the height.
         scale_x: factor of the width.
-
-    Returns:
-        Matrix that takes (x, y), from the middle of the digit, to where that point moves.
     """
     angle = math.radians(rotation)
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -166,15 +163,9 @@ def _move_ink(has_ink, place, canvas):
 
 
 def affine_test_images(images, seed=0, deformed=True):
-    """Make images of affNIST's distribution; a pure function of its arguments.
+    """Make images of affNIST's distribution: (N, 28, 28, 1) -> (N, 40, 40, 1), uint8.
 
-    Args:
-        images: (N, 28, 28, 1) uint8.
-        seed: seed of the transformations.
-        deformed: if False, the images are only moved to the same places.
-
-    Returns:
-        (N, 40, 40, 1) uint8.
+    They depend on the arguments alone. Unless `deformed`, they are only moved, to the same places.
     """
     stream = utils.random_stream(seed, 0, "affine test")
     draws = stream.uniform(-1, 1, (len(images), 4))
@@ -189,17 +180,9 @@ def affine_test_images(images, seed=0, deformed=True):
 
 
 def swept_images(images, factor, value):
-    """Transform all images with one factor at one value and the others at rest.
+    """Transform images by one factor, a key of SWEEPS: (N, 28, 28, 1) -> (N, 40, 40, 1), uint8.
 
     Digits are in the middle of the canvas; a translation moves them to its four corners in turn.
-
-    Args:
-        images: (N, 28, 28, 1) uint8.
-        factor: a key of SWEEPS.
-        value: value of the factor.
-
-    Returns:
-        (N, 40, 40, 1) uint8.
     """
     changed = {"scale": ("scale_y", "scale_x"), "translation": ()}.get(factor, (factor,))
     matrix = transform_matrix(**dict.fromkeys(changed, value))
@@ -224,18 +207,11 @@ def placed(data):
     return plan._replace(shift=shift)
 
 
-def make_network(name):
-    """Create one of NETWORKS, by its name."""
-    from experiment_lib import trial
-
-    return trial.make_network((CANVAS, CANVAS, 1), NETWORKS[name].architecture)
-
-
 def train_and_test(name, values, mnist):
     """Train a network to the accuracy asked for, and test it on all transformed digits.
 
     Returns:
-        dict: the result of `trial.run`, and that of `test_transformed`.
+        dict: the result of `trial.run` with that of `test_transformed`.
     """
     from experiment_lib import trial
 
@@ -249,68 +225,46 @@ def train_and_test(name, values, mnist):
     training = config.TrainingConfig(
         seed=values.seed, decay_steps=values.decay_steps, averaging=values.averaging
     )
-    if NETWORKS[name].architecture:
+    architecture = NETWORKS[name].architecture
+    if architecture:
         training = training._replace(reconstruction_weight=0.0)
-    outcome, folder = trial.run(
+    return trial.run(
         Path(values.output, name),
-        lambda: make_network(name),
+        lambda: trial.make_network(data.canvas_shape(), architecture),
         data.subset(train_indices),
         test_data,
         training,
         values.epochs,
         placed(test_data),
         trial.Goal(values.accuracy / 100, validation, placed(validation)),
+        lambda evaluator: test_transformed(evaluator, mnist),
     )
-    return outcome | test_transformed(name, folder, outcome["trained_epochs"], mnist)
 
 
-def test_transformed(name, folder, trained_epochs, mnist):
-    """Test a network on all transformed digits; what was tested before is not tested again.
-
-    The answers are kept in transformed.json, in the folder of `trial.run`.
+def test_transformed(evaluator, mnist):
+    """Test a network on all transformed digits.
 
     Returns:
         dict: "affine_right" and "places_right", how many of the digits of `affine_test_images` are
-        right; "sweeps", factor -> percent right at each value; "basis", all that it depends on.
+        right; "sweeps", factor -> percent right at each value.
     """
-    images = {
-        "affine_right": affine_test_images(mnist.x_test),
-        "places_right": affine_test_images(mnist.x_test, deformed=False),
-    }
-    basis = {test: hashlib.sha256(made).hexdigest()[:16] for test, made in images.items()}
-    basis |= {factor: list(sweep.values) for factor, sweep in SWEEPS.items()}
-    basis["trained_epochs"] = trained_epochs
-    path = folder / "transformed.json"
-    if path.exists() and (tested := json.loads(path.read_text()))["basis"] == basis:
-        return tested
-    count_right = make_test(name, folder, mnist.y_test)
-    tested = {"basis": basis} | {test: count_right(made) for test, made in images.items()}
-    tested["sweeps"] = {
-        factor: [
-            100 * count_right(swept_images(mnist.x_test, factor, value)) / len(mnist.y_test)
-            for value in sweep.values
-        ]
-        for factor, sweep in SWEEPS.items()
-    }
-    utils.write_json(path, tested)
-    return tested
-
-
-def make_test(name, folder, labels):
-    """Return a function: how many of images (N, 40, 40, 1) uint8 a trained network has right."""
     from inputs.pipeline import Examples
-    from training.checkpoints import load_weights
-    from training.evaluation import Evaluator
-
-    network = make_network(name)
-    load_weights(network, folder / "checkpoint", print)
-    evaluator = Evaluator(network, jit=True)
 
     def count_right(images):
-        data = Examples(images, labels)
+        data = Examples(images, mnist.y_test)
         return int(evaluator.evaluate(data, data.evaluation_plan()).correct.sum())
 
-    return count_right
+    def percent_right(factor, value):
+        return 100 * count_right(swept_images(mnist.x_test, factor, value)) / len(mnist.y_test)
+
+    return {
+        "affine_right": count_right(affine_test_images(mnist.x_test)),
+        "places_right": count_right(affine_test_images(mnist.x_test, deformed=False)),
+        "sweeps": {
+            factor: [percent_right(factor, value) for value in sweep.values]
+            for factor, sweep in SWEEPS.items()
+        },
+    }
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -325,11 +279,7 @@ def interval(right, n):
 
 
 def table(outcomes):
-    """Return the table of the results, lines of Markdown.
-
-    Args:
-        outcomes: dict of network to what `train_and_test` returns.
-    """
+    """Return the table of what `train_and_test` returned for each network, lines of Markdown."""
     lines = [describe(NETWORKS[name], outcome) for name, outcome in outcomes.items()]
     return utils.markdown_table(lines[0], [line.values() for line in lines])
 

@@ -98,7 +98,7 @@ def run_row(name, seed, values):
     settings = {"routing_iterations": row.iterations}
     if name == "cnn":
         settings = {"architecture": "multi" if overlap else "mnist", "n_digits": 1 + overlap}
-    outcome, _ = trial.run(
+    return trial.run(
         Path(values.output, f"{values.dataset}_{name}_seed_{seed}"),
         lambda: trial.make_network(train_data.canvas_shape(), **settings),
         train_data,
@@ -106,16 +106,10 @@ def run_row(name, seed, values):
         make_training(row, seed, overlap, values.epochs, share),
         values.epochs,
     )
-    return outcome
 
 
 def table(results, dataset):
-    """Return the table of the results, lines of Markdown.
-
-    Args:
-        results: dict of row to the results of its seeds.
-        dataset: "MNIST" or "multi_MNIST".
-    """
+    """Return the table of the results of each row's seeds, lines of Markdown."""
     lines = [describe(ROWS[name], outcomes, dataset) for name, outcomes in results.items()]
     return utils.markdown_table(lines[0], [line.values() for line in lines])
 

@@ -8,6 +8,7 @@ The address /FAULT/FILE answers with the fault, /ok/FILE with the tracked file o
 
 import contextlib
 import gzip
+import http
 import http.server
 import os
 import random
@@ -21,22 +22,62 @@ MNIST = utils.ROOT / "data" / "mnist"
 LABELS = "train-labels-idx1-ubyte.gz"
 GOOD = (MNIST / LABELS).read_bytes()
 WRONG = gzip.compress(bytes(60008))  # as many bytes as the labels have, all zero
-BOMB = gzip.compress(bytes(50_000_000))
+NOISE = random.Random(1).randbytes(1 << 16)
 FLOOD_BYTES = 50_000_000  # more than any limit of a client; the end of a flood that nobody stops
 DRIBBLE_BYTES = 500  # how much of a file is sent byte by byte
 SECONDS = 20  # after which a silent server gives up
-# Faults that are a body and a status.
+
+
+def response(body, status=200, length=None, version="1.0", **headers):
+    """Return a response. `length` is what its header claims, by default the truth; -1: nothing."""
+    if length != -1:
+        headers["Content-Length"] = len(body) if length is None else length
+    lines = [f"HTTP/{version} {status} {http.HTTPStatus(status).phrase}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunks(body, size=9000):
+    """Return the chunks of a body, each after its length, without the empty one at the end."""
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def chunked(data):
+    """Return a response that claims to have chunks."""
+    return response(data, length=-1, version="1.1", Transfer_Encoding="chunked")
+
+
+def half(body):
+    """Return the first half of a file."""
+    return body[: len(body) // 2]
+
+
+# What is sent at once, by the name of the fault: file -> bytes.
 ANSWERS = {
-    "forbidden": (b"go away", 403),
-    "absent": (b"not here", 404),
-    "late": (b"too slow", 408),
-    "limited": (b"later", 429),
-    "failing": (b"oops", 500),
-    "busy": (b"later", 503),
-    "wrong": (WRONG, 200),
-    "noise": (random.Random(1).randbytes(5000), 200),
-    "page": (b"\n<!DOCTYPE html><title>Log in to the network</title>", 200),
-    "bomb": (BOMB, 200),  # few bytes that decompress to many
+    # Good answers
+    "ok": response,
+    "chunked": lambda body: chunked(chunks(body) + b"0\r\n\r\n"),
+    "stored": lambda body: response(gzip.compress(gzip.decompress(body), compresslevel=0)),
+    # Status codes
+    "forbidden": lambda body: response(b"go away", 403),
+    "absent": lambda body: response(b"not here", 404),
+    "late": lambda body: response(b"too slow", 408),
+    "limited": lambda body: response(b"later", 429),
+    "failing": lambda body: response(b"oops", 500),
+    "busy": lambda body: response(b"later", 503),
+    "file_redirect": lambda body: response(b"", 302, Location="file:///etc/hostname"),
+    # Connections that end too early, and what is not HTTP
+    "truncated": lambda body: response(half(body), length=len(body)),
+    "open": lambda body: response(half(body), length=-1),
+    "broken_chunks": lambda body: chunked(chunks(body, len(body))[:100]),
+    "garbage": lambda body: b"this is not HTTP\r\n\r\n",
+    # Wrong contents
+    "wrong": lambda body: response(WRONG),
+    "noise": lambda body: response(NOISE[:5000]),
+    "page": lambda body: response(b"\n<!DOCTYPE html><title>Log in to the network</title>"),
+    "bomb": lambda body: response(gzip.compress(bytes(50_000_000))),  # large once decompressed
+    "boast": lambda body: response(body, length=10**12),
 }
 
 
@@ -77,62 +118,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request."""
         self.server.paths.append(self.path)
         fault, name = self.path.strip("/").split("/")
+        body = (MNIST / name).read_bytes()
         if fault in ANSWERS:
-            self.send(*ANSWERS[fault])
+            self.wfile.write(ANSWERS[fault](body))
         else:
-            getattr(self, f"answer_{fault}")((MNIST / name).read_bytes())
+            getattr(self, f"answer_{fault}")(body)
 
     def log_message(self, *args):
         """Log nothing."""
 
-    def send(self, body, status=200, length=None, **headers):
-        """Send a whole response. `length` is what the header claims, by default the truth."""
-        self.send_response(status)
-        self.send_header("Content-Length", len(body) if length is None else length)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    # --- Good answers -----------------------------------------------------------------------------
-
-    def answer_ok(self, body):
-        """Send the file."""
-        self.send(body)
-
-    def answer_chunked(self, body):
-        """Send the file in chunks."""
-        self._start_chunks()
-        for start in range(0, len(body), 9000):
-            piece = body[start : start + 9000]
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        self.wfile.write(b"0\r\n\r\n")
-
     def answer_keep(self, body):
         """Send the file and keep the connection open."""
-        self.send(body)
+        self.wfile.write(response(body))
         self.server.over.wait(SECONDS)
-
-    def answer_stored(self, body):
-        """Send the same contents, compressed otherwise."""
-        self.send(gzip.compress(gzip.decompress(body), compresslevel=0))
 
     def answer_recovering(self, body):
         """Fail the first request for a path, and then send the file."""
-        if self.server.paths.count(self.path) == 1:
-            self.send(b"later", 503)
-        else:
-            self.send(body)
+        first = self.server.paths.count(self.path) == 1
+        self.wfile.write(response(b"later", 503) if first else response(body))
 
     def answer_loop(self, body):
         """Redirect to the same address."""
-        self.send(b"", 302, Location=self.path)
-
-    def answer_file_redirect(self, body):
-        """Redirect to a file of the client's machine."""
-        self.send(b"", 302, Location="file:///etc/hostname")
-
-    # --- Slow and broken connections --------------------------------------------------------------
+        self.wfile.write(response(b"", 302, Location=self.path))
 
     def answer_mute(self, body):
         """Send nothing."""
@@ -140,31 +147,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_stall(self, body):
         """Send half of the file, and then nothing."""
-        self.send(body[: len(body) // 2], length=len(body))
+        self.wfile.write(response(half(body), length=len(body)))
         self.server.over.wait(SECONDS)
 
     def answer_dribble(self, body):
         """Send the file byte by byte."""
-        self.send(b"", length=len(body))
+        self.wfile.write(response(b"", length=len(body)))
         for byte in body[:DRIBBLE_BYTES]:
             self.wfile.write(bytes([byte]))
             if self.server.over.wait(0.02):
                 return
-
-    def answer_truncated(self, body):
-        """Send half of what the header claims."""
-        self.send(body[: len(body) // 2], length=len(body))
-
-    def answer_open(self, body):
-        """Send half of the file without saying how long it is."""
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2])
-
-    def answer_broken_chunks(self, body):
-        """Close the connection in the middle of a chunk."""
-        self._start_chunks()
-        self.wfile.write(b"%x\r\n%s" % (len(body), body[:100]))
 
     def answer_reset(self, body):
         """Reset the connection."""
@@ -173,28 +165,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.close()
         os.close(self.connection.detach())
 
-    def answer_garbage(self, body):
-        """Send what is not HTTP."""
-        self.wfile.write(b"this is not HTTP\r\n\r\n")
-
-    def answer_boast(self, body):
-        """Announce a terabyte."""
-        self.send(body, length=10**12)
-
     def answer_flood(self, body):
         """Send random bytes without an announced end, up to FLOOD_BYTES."""
-        self.send_response(200)
-        self.end_headers()
-        noise = random.Random(2).randbytes(1 << 16)
+        self.wfile.write(response(b"", length=-1))
         while self.server.flooded < FLOOD_BYTES and not self.server.over.is_set():
             try:
-                self.wfile.write(noise)
+                self.wfile.write(NOISE)
             except OSError:  # the client has closed the connection
                 return
-            self.server.flooded += len(noise)
-
-    def _start_chunks(self):
-        self.protocol_version = "HTTP/1.1"
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+            self.server.flooded += len(NOISE)

@@ -62,7 +62,9 @@ def make_network(image_shape, architecture=None, **settings):
     return model.CapsNet(image_shape, CLASSES, conv=conv, **settings)
 
 
-def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=None):
+def run(
+    folder, make, train_data, test_data, training, epochs, plan=None, goal=None, more_tests=None
+):
     """Train a network and test it, unless both were done before.
 
     Args:
@@ -75,9 +77,10 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
         epochs: to train for, in total.
         plan: Plan of the test, None for that of `Examples.evaluation_plan`.
         goal: Goal, or None.
+        more_tests: function of the Evaluator that returns more entries of the result.
 
     Returns:
-        A dict of the result with all that it depends on, and the folder. There are checkpoint/ (the
+        A dict of the result with all that it depends on. In the folder are checkpoint/ (the
         weights), logs/ and result.json (that dict).
 
     Raises:
@@ -100,7 +103,7 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     if result.exists():
         outcome = json.loads(result.read_text())
         if is_final(outcome, epochs, goal):
-            return outcome, folder
+            return outcome
     try:
         progress = train(
             network, evaluator, train_data, training, folder, settings["data"], epochs, goal
@@ -113,9 +116,9 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     outcome = settings | progress | measure_accuracy(evaluator, test_data, plan)
     outcome["training_seconds"] = read_scalars(folder / "logs" / "train")[1]
     outcome["parameters"] = count_trained(network, training)
-    outcome |= machine.provenance()
+    outcome |= (more_tests(evaluator) if more_tests else {}) | machine.provenance()
     utils.write_json(result, outcome)
-    return outcome, folder
+    return outcome
 
 
 def digest_data(train_data, test_data, plan):
