@@ -214,7 +214,7 @@ def parse(argv):
         raise UsageError(problem + command_line.see_help(problem)) from None
     if stray:
         refuse_stray_word(stray[0], values.predict)
-    refuse_repeats(values)
+    command_line.refuse_repeats(values)
     for name in PATHS:
         setattr(values, name, os.path.expanduser(getattr(values, name)))
     checks.check(values, ROWS, WRITTEN)
@@ -230,7 +230,8 @@ def define_flag(values, name, default, bounds, text):
     elif isinstance(default, str):
         flags.DEFINE_string(name, default, text, flag_values=values)
     else:
-        parser, serializer = command_line.NumberParser(type(default)), flags.ArgumentSerializer()
+        parser = command_line.Parser(command_line.number(type(default), *bounds))
+        serializer = flags.ArgumentSerializer()
         flags.DEFINE(parser, name, default, text, flag_values=values, serializer=serializer)
 
 
@@ -242,15 +243,6 @@ def refuse_stray_word(word, pattern):
             "files' names, expected a quoted one, such as --predict='*.png'"
         )
     raise UsageError(command_line.stray_word(word, NAMES))
-
-
-def refuse_repeats(values):
-    """Raise UsageError for a flag that is given more than once: all but the last are ignored."""
-    for name in values:
-        if values[name].present > 1:
-            raise UsageError(
-                f"--{name} is given {values[name].present} times, expected once, with one value"
-            )
 
 
 def main(argv):

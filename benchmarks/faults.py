@@ -9,6 +9,7 @@ was lost.
 
 import concurrent.futures
 import contextlib
+import functools
 import gzip
 import hashlib
 import multiprocessing
@@ -23,15 +24,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
-import faulty_server
 import numpy as np
-import timing
+from benchmark_lib import faulty_server, timing
 
 import download
 from capsnet import config, errors
 from inputs.readers import idx
 from runtime import startup
+from runtime.command_line import run_script
 
 MAIN = timing.ROOT / "main.py"
 SMALL_RUN = [
@@ -96,11 +98,7 @@ def wait_for_first_step(process):
 
 
 def fingerprint(folder):
-    """Return hashes of the state of a finished training, and of all its events.
-
-    Args:
-        folder: in which it ran.
-    """
+    """Return hashes of the state of a training run that finished in a folder, and of its events."""
     return hash_checkpoint(folder / "checkpoint" / "mnist"), hash_events(folder / "logs" / "mnist")
 
 
@@ -135,59 +133,49 @@ def hash_events(folder):
     return hashlib.sha256(repr(sorted(events)).encode()).hexdigest()
 
 
-def train_undisturbed(folder, flags):
-    """Train without a kill; return the fingerprint, and seconds from the first step to the end."""
-    folder.mkdir()
-    process = start(folder, flags)
-    output = wait_for_first_step(process)
-    began = time.monotonic()
-    output += process.stdout.read()
-    if process.wait():
-        raise errors.UserError(f"the run that is not killed failed: {output}")
-    return fingerprint(folder), time.monotonic() - began
-
-
-def train_with_kills(folder, flags, dice, seconds):
-    """Kill a training run at random moments and start it again, until it ends by itself.
+def train(folder, flags, rng=None, latest=0.0):
+    """Train in a new folder until a run ends by itself.
 
     Args:
         folder: to train in.
-        flags: flags of the training.
-        dice: random.Random.
-        seconds: after the first step, the latest moment of a kill.
+        flags: flags of the training run.
+        rng: random.Random that draws when each run is killed; None kills none.
+        latest: the latest moment of a kill, in seconds after the first step.
 
     Returns:
-        Number of kills.
+        Number of kills, and the seconds that the last run took from its first step to its end.
     """
     folder.mkdir()
     kills = 0
     while True:
         process = start(folder, flags)
-        output = wait_for_first_step(process)
-        timer = threading.Timer(dice.uniform(0, seconds), process.kill)
-        timer.start()
+        output, began = wait_for_first_step(process), time.monotonic()
+        timer = threading.Timer(rng.uniform(0, latest) if rng else 0.0, process.kill)
+        if rng:
+            timer.start()
         output += process.stdout.read()
         timer.cancel()
         if process.wait() == 0:
-            return kills
+            return kills, time.monotonic() - began
         if process.returncode != -signal.SIGKILL:
             raise errors.UserError(f"went wrong after {kills} kills: {output}")
         kills += 1
 
 
-def kills_in_training(folder, dice, flags, kills):
+def kills_in_training(folder, rng, flags, kills):
     """Kill training runs at random moments after the first step, and compare how they end.
 
-    Returns:
-        Number of kills, and of those in runs that ended differently.
+    Lost are all kills of a run that ended differently.
     """
-    reference, seconds = train_undisturbed(folder / "reference", flags)
-    if train_undisturbed(folder / "again", flags)[0] != reference:
+    references = folder / "reference", folder / "again"
+    seconds = [train(place, flags)[1] for place in references]
+    reference, again = map(fingerprint, references)
+    if again != reference:
         raise errors.UserError("two uninterrupted runs differ: no comparison is possible")
     done = lost = runs = 0
     while done < kills:
         place, runs = folder / f"killed_{runs}", runs + 1
-        killed = train_with_kills(place, flags, dice, seconds)
+        killed, _ = train(place, flags, rng, seconds[0])
         same = fingerprint(place) == reference
         done += killed
         lost += 0 if same else max(1, killed)  # any of the kills may be the cause
@@ -210,12 +198,7 @@ def paper_checkpoints(folder):
 
 
 def save_endlessly(folder, pipe):
-    """Save a checkpoint again and again, and send the step after each; to be killed.
-
-    Args:
-        folder: folder of the checkpoints.
-        pipe: connection to send to.
-    """
+    """Save a checkpoint again and again, and send the step after each; to be killed."""
     startup.start_tensorflow()
     from training.checkpoints import saved_steps
 
@@ -230,8 +213,8 @@ def save_endlessly(folder, pipe):
         pipe.send(state.step)
 
 
-def kill_while_saving(folder, dice):
-    """Kill a process that does nothing but save; return its last step, and seconds of a save."""
+def kill_while_saving(folder, rng):
+    """Kill a process that does nothing but save, and return the last step that it saved."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=save_endlessly, args=(folder, sender))
@@ -241,45 +224,39 @@ def kill_while_saving(folder, dice):
     began = time.monotonic()
     last = receiver.recv()
     seconds = time.monotonic() - began
-    timer = threading.Timer(dice.uniform(0, 3 * seconds), process.kill)
+    timer = threading.Timer(rng.uniform(0, 3 * seconds), process.kill)
     timer.start()
     with contextlib.suppress(EOFError):
         while True:
             last = receiver.recv()
     process.join()
-    return last, seconds
+    return last
 
 
-def kills_in_saving(folder, dice, kills):
-    """Kill processes while they save, and restore the newest checkpoint that they left.
-
-    Returns:
-        Number of kills, and after how many the last saved step was not restored.
-    """
+def kills_in_saving(folder, rng, kills):
+    """Kill processes while they save; the last step that they saved must be restored."""
     from training.checkpoints import newest_intact
 
-    folder, lost, seconds = folder / "saves", 0, 0.0
+    folder, lost = folder / "saves", 0
     checkpoints, _ = paper_checkpoints(folder)
     for _ in range(kills):
-        last, seconds = kill_while_saving(folder, dice)
-        complaints = []
+        last, complaints = kill_while_saving(folder, rng), []
         state, step = newest_intact(folder, checkpoints.restore, complaints.append)
         intact = state is not None and (state.sums == step).all() and step >= last
         lost += not intact or bool(complaints)
-    print(f"  one save takes {seconds:.2f} s", flush=True)
     return kills, lost
 
 
 # --- Damaged files --------------------------------------------------------------------------------
 
 
-def damage(path, kind, dice):
+def damage(path, kind, rng):
     """Damage a file in one of the ways of DAMAGES."""
     content = bytearray(path.read_bytes())
     if kind == "truncated":
-        path.write_bytes(content[: dice.randrange(len(content))])
+        path.write_bytes(content[: rng.randrange(len(content))])
     elif kind == "with one byte changed":
-        content[dice.randrange(len(content))] ^= 1 + dice.randrange(255)
+        content[rng.randrange(len(content))] ^= 1 + rng.randrange(255)
         path.write_bytes(content)
     elif kind == "emptied":
         path.write_bytes(b"")
@@ -300,12 +277,8 @@ def small_trainer(folder):
     return Trainer(network, data, training, Run(folders), device=Device(jit=False))
 
 
-def damaged_checkpoints(folder, dice, kind, tries=5):
-    """Damage a file of the newest checkpoint; the training must resume, at worst from the older.
-
-    Returns:
-        Number of tries, and how often it did not.
-    """
+def damaged_checkpoints(folder, rng, kind, tries=5):
+    """Damage a file of the newest checkpoint; the run must resume, at worst from the older one."""
     from training.checkpoints import saved_steps
 
     lost = 0
@@ -315,7 +288,7 @@ def damaged_checkpoints(folder, dice, kind, tries=5):
         checkpoints = place / "checkpoint"
         newest, older = saved_steps(checkpoints)
         files = [*sorted(checkpoints.glob(f"ckpt-{newest}.*")), checkpoints / "checkpoint"]
-        damage(dice.choice(files), kind, dice)
+        damage(rng.choice(files), kind, rng)
         trainer = small_trainer(place)
         try:
             trainer.fit(3, save_steps=2)
@@ -330,28 +303,15 @@ def damaged_checkpoints(folder, dice, kind, tries=5):
 # --- Downloads and data files ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def hasty_downloads():
-    """Let download.py fetch nothing but the labels, from one address, and give up soon."""
-    mnist, timeout, backoff = download.DATASETS["mnist"], download.TIMEOUT, download.BACKOFF
+def bad_downloads(folder, rng):
+    """Fetch a file from a server with each fault: it is there in the end, or one line says why."""
+    lost, faults, mnist = 0, (*HARMLESS, *HARMFUL), download.DATASETS["mnist"]
     labels = [file for file in mnist.files if file.name == faulty_server.LABELS]
-    download.TIMEOUT, download.BACKOFF = 0.5, 0.01
-    download.DATASETS["mnist"] = mnist._replace(mirrors=(), files=labels)
-    try:
-        yield
-    finally:
-        download.TIMEOUT, download.BACKOFF = timeout, backoff
-        download.DATASETS["mnist"] = mnist
-
-
-def bad_downloads(folder, dice):
-    """Fetch a file from a server with each fault: it is there in the end, or one line says why not.
-
-    Returns:
-        Number of faults, and after how many something else was there or was said.
-    """
-    lost, faults = 0, (*HARMLESS, *HARMFUL)
-    with faulty_server.serving() as server, hasty_downloads():
+    with (
+        faulty_server.serving() as server,
+        mock.patch.multiple(download, TIMEOUT=0.5, BACKOFF=0.01),
+        mock.patch.dict(download.DATASETS, mnist=mnist._replace(mirrors=(), files=labels)),
+    ):
         server.handle_error = lambda *_: None  # some faults cut the connection on purpose
         for fault in faults:
             place, message = folder / fault, ""
@@ -367,36 +327,32 @@ def bad_downloads(folder, dice):
     return len(faults), lost
 
 
-def mutate(content, dice):
+def mutate(content, rng):
     """Change, delete or insert bytes at a few places of a file's content."""
     content = bytearray(content)
-    for _ in range(dice.randrange(1, 5)):
+    for _ in range(rng.randrange(1, 5)):
         # Half of the time within the header.
-        place = dice.randrange(min(len(content), dice.choice((12, 10**6))))
-        change = dice.randrange(3)
+        place = rng.randrange(min(len(content), rng.choice((12, 10**6))))
+        change = rng.randrange(3)
         if change == 0:
-            content[place] = dice.randrange(256)
+            content[place] = rng.randrange(256)
         elif change == 1:
-            del content[place : place + dice.randrange(1, 50)]
+            del content[place : place + rng.randrange(1, 50)]
         else:
-            content[place:place] = dice.randbytes(dice.randrange(1, 50))
+            content[place:place] = rng.randbytes(rng.randrange(1, 50))
         content = content or bytearray(1)
     return content
 
 
-def bad_readings(folder, dice, tries):
-    """Read mutated data files: an array of what the header says, or one line.
-
-    Returns:
-        Number of files, and how often there was something else.
-    """
+def bad_readings(folder, rng, tries):
+    """Read mutated data files: an array of what the header says, or one line."""
     whole = gzip.decompress(faulty_server.GOOD)
     count = 1992
     labels = whole[:4] + count.to_bytes(4, "big") + whole[8 : 8 + count]
     path, lost = folder / "mutated.gz", 0
     for _ in range(tries):
-        content = mutate(labels if dice.random() < 0.5 else gzip.compress(labels), dice)
-        compressed = content[:2] == b"\x1f\x8b" or dice.random() < 0.1
+        content = mutate(labels if rng.random() < 0.5 else gzip.compress(labels), rng)
+        compressed = content[:2] == b"\x1f\x8b" or rng.random() < 0.1
         path.write_bytes(content if compressed else gzip.compress(content))
         try:
             array = idx.read_idx(path)
@@ -428,32 +384,28 @@ def flag_names(help_text):
     return re.findall(r"^  --(?:\[no\])?(\w+)", other_groups, re.MULTILINE)
 
 
-def mutated_command_line(names, dice):
+def mutated_command_line(names, rng):
     """Return up to three flags of these names, some misspelt, with values that rarely fit."""
     words = []
-    for _ in range(dice.randrange(1, 4)):
-        name = dice.choice(names)
-        if dice.random() < 0.2:
-            name = name[: dice.randrange(len(name))] + dice.choice("aZ_- ")
-        prefix, sign = dice.choice(("--", "-", "--no", "")), dice.choice(("=", "", " "))
-        words.append(prefix + name + sign + dice.choice(VALUES))
+    for _ in range(rng.randrange(1, 4)):
+        name = rng.choice(names)
+        if rng.random() < 0.2:
+            name = name[: rng.randrange(len(name))] + rng.choice("aZ_- ")
+        prefix, sign = rng.choice(("--", "-", "--no", "")), rng.choice(("=", "", " "))
+        words.append(prefix + name + sign + rng.choice(VALUES))
     return words
 
 
 def is_refused(process):
-    """Tell whether main.py refused a command line in one line, or found nothing to do in it."""
+    """Return whether main.py refused a command line in one line, or found nothing to do in it."""
     nothing_to_do = process.stderr.startswith("Nothing to do")
     return process.returncode == 2 and (nothing_to_do or process.stderr.count("\n") == 1)
 
 
-def bad_command_lines(folder, dice, tries):
-    """Run mutated command lines without a mode: accepted as flags, or one line and exit code 2.
-
-    Returns:
-        Number of command lines, and how often there was something else.
-    """
+def bad_command_lines(folder, rng, tries):
+    """Run mutated command lines without a mode: accepted as flags, or one line and exit code 2."""
     names = flag_names(run_main(["--help"]).stdout)
-    lines = [mutated_command_line(names, dice) for _ in range(tries)]
+    lines = [mutated_command_line(names, rng) for _ in range(tries)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         processes = list(pool.map(run_main, lines))
     lost = [process for process in processes if not is_refused(process)]
@@ -465,45 +417,49 @@ def bad_command_lines(folder, dice, tries):
 # --- All of them ----------------------------------------------------------------------------------
 
 
+def list_trials(flags):
+    """Return all faults by what they are: functions of a folder and a random.Random.
+
+    Each returns how many it tried, and how many of them were lost.
+    """
+    inputs, partial = max(1, flags.inputs // 2), functools.partial
+    small_run = {"flags": SMALL_RUN, "kills": flags.kills}
+    paper_run = {"flags": PAPER_RUN, "kills": max(1, flags.kills // 5)}
+    kills, same_end = "kills in training", "bit-identical end"
+    saving = partial(kills_in_saving, kills=flags.save_kills)
+    resumes = {
+        f"newest checkpoint {kind}: the run resumes": partial(damaged_checkpoints, kind=kind)
+        for kind in DAMAGES
+    }
+    return {
+        f"{kills}, small network: {same_end}": partial(kills_in_training, **small_run),
+        f"{kills}, the paper's network: {same_end}": partial(kills_in_training, **paper_run),
+        "kills in mid-save: newest checkpoint intact": saving,
+        **resumes,
+        "faults of a download server": bad_downloads,
+        "mutated data files": partial(bad_readings, tries=inputs),
+        "mutated command lines": partial(bad_command_lines, tries=inputs),
+    }
+
+
 def break_everything(flags):
     """Try all faults, print the table, and return 1 if anything was lost."""
-    inputs = max(1, flags.inputs // 2)
-    trials = [
-        (
-            "kills in training, small network: bit-identical end",
-            kills_in_training,
-            (SMALL_RUN, flags.kills),
-        ),
-        (
-            "kills in training, the paper's network: bit-identical end",
-            kills_in_training,
-            (PAPER_RUN, max(1, flags.kills // 5)),
-        ),
-        ("kills in mid-save: newest checkpoint intact", kills_in_saving, (flags.save_kills,)),
-        *(
-            (f"newest checkpoint {kind}: the run resumes", damaged_checkpoints, (kind,))
-            for kind in DAMAGES
-        ),
-        ("faults of a download server", bad_downloads, ()),
-        ("mutated data files", bad_readings, (inputs,)),
-        ("mutated command lines", bad_command_lines, (inputs,)),
-    ]
     print(timing.conditions() + "\n", flush=True)
-    dice, rows = random.Random(flags.seed), []
+    rng, rows = random.Random(flags.seed), []
     with tempfile.TemporaryDirectory() as place:
-        for number, (name, function, arguments) in enumerate(trials):
+        for number, (name, function) in enumerate(list_trials(flags).items()):
             print(name, flush=True)
             folder = Path(place, str(number))
             folder.mkdir()
-            tried, lost = function(folder, dice, *arguments)
-            rows.append([name, tried, tried - lost, lost])
+            tried, lost = function(folder, rng)
+            rows.append({"what": name, "tried": tried, "survived": tried - lost, "lost": lost})
     print()
-    timing.print_table(["what", "tried", "survived", "lost"], rows)
-    total = sum(lost for *_, lost in rows)
+    timing.print_table(rows)
+    total = sum(row["lost"] for row in rows)
     print("Nothing lost." if not total else f"{total} lost.")
     return int(total > 0)
 
 
 if __name__ == "__main__":
-    arguments = {"kills": 20, "save_kills": 20, "inputs": 400, "seed": 0}
-    sys.exit(timing.run(sys.argv, __doc__, break_everything, **arguments))
+    definitions = timing.counts(kills=20, save_kills=20, inputs=400, seed=0)
+    sys.exit(run_script(sys.argv, __doc__, definitions, break_everything))

@@ -16,13 +16,13 @@ import shutil
 import sys
 
 import numpy as np
-import timing
+from benchmark_lib import timing
 
 from capsnet import errors
 from inputs import datasets
 from runtime import machine, startup
+from runtime.command_line import run_script
 
-PARAMETERS = 8_215_568
 TRAIN, INFER = "train step, with deformation", "inference"
 # The names of the options of `pytorch_capsnet.Options`, by what they are together.
 PLAIN = "PyTorch, plain"
@@ -42,41 +42,29 @@ CALLS = {}  # what this process times, by name
 
 
 def contestants(bfloat16, compiler):
-    """Return what can be measured on this machine.
+    """Return what can be measured on this machine: by name, a function and its first argument.
 
     Args:
         bfloat16: whether the processor has units for it.
         compiler: whether there is a C++ compiler.
-
-    Returns:
-        The options of PyTorch and the precisions of this tool, both by name.
     """
-    lacking = {"bfloat16": not bfloat16, "compiled": not compiler}
-    pytorch_options = {
-        name: options
-        for name, options in PYTORCH.items()
-        if not any(lacking.get(option) for option in options)
+    contestants = {name: (pytorch, options) for name, options in PYTORCH.items()}
+    contestants |= {name: (this_tool, precision) for name, precision in THIS_TOOL.items()}
+    present = {"bfloat16": bfloat16, "torch.compile": compiler}
+    lacking = [option for option, there in present.items() if not there]
+    return {
+        name: contestant
+        for name, contestant in contestants.items()
+        if not any(option in name for option in lacking)
     }
-    precisions = {
-        name: precision
-        for name, precision in THIS_TOOL.items()
-        if bfloat16 or precision == "float32"
-    }
-    return pytorch_options, precisions
 
 
 def pytorch(options, batch_size):
-    """Return calls that train one step and classify one batch, in PyTorch.
-
-    Args:
-        options: names of fields of `pytorch_capsnet.Options`.
-        batch_size: images in a step.
-    """
-    import pytorch_capsnet
+    """Return calls that train one step and classify one batch, in PyTorch with some options."""
     import torch
+    from benchmark_lib import pytorch_capsnet
 
     network = pytorch_capsnet.CapsNet(pytorch_capsnet.Options(**dict.fromkeys(options, True)))
-    check_size(sum(p.numel() for p in network.parameters()))
     dataset = datasets.load_dataset("mnist", timing.ROOT / "data")
     images = torch.tensor(dataset.x_train[:batch_size, None, :, :, 0]).float() / 255
     labels = torch.eye(timing.CLASSES)[torch.tensor(dataset.y_train[:batch_size]).long()]
@@ -90,17 +78,10 @@ def this_tool(precision, batch_size):
     data = timing.load_digits(batch_size)
     trainer = timing.make_trainer(data, batch_size, precision=precision)
     batch = timing.first_batch(trainer)
-    check_size(trainer.network.count_params())
     return {
         TRAIN: lambda: trainer.train_step(batch).numpy(),
         INFER: timing.make_inference(trainer.network, batch),
     }
-
-
-def check_size(parameters):
-    """Raise RuntimeError if a network does not have the paper's number of parameters."""
-    if parameters != PARAMETERS:
-        raise RuntimeError(f"{parameters:,} parameters, expected {PARAMETERS:,}")
 
 
 def prepare(make, *arguments):
@@ -120,8 +101,7 @@ def compare(flags):
             "PyTorch is not installed, and not needed for anything else; pip install torch"
         )
     units, compiler = machine.bfloat16_units(), find_compiler()
-    options, precisions = contestants(bool(units), bool(compiler))
-    times, memory = take_turns(options, precisions, flags)
+    times, memory = take_turns(contestants(bool(units), bool(compiler)), flags)
     version = importlib.metadata.version("torch")
     print(f"{timing.conditions()}, PyTorch {version}")
     print(f"Batch {flags.batch_size}, {flags.rounds} rounds.")
@@ -131,8 +111,7 @@ def compare(flags):
         print("torch.compile is not measured: there is no C++ compiler (g++, clang++ or $CXX).")
     print()
     for name, milliseconds in times.items():
-        header = [f"{name}, batch {flags.batch_size}", "ms", *rivals(milliseconds), "peak MB"]
-        timing.print_table(header, rows(milliseconds, memory))
+        timing.print_table(rows(f"{name}, batch {flags.batch_size}", milliseconds, memory))
 
 
 def find_compiler():
@@ -140,7 +119,7 @@ def find_compiler():
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-def take_turns(options, precisions, flags):
+def take_turns(contestants, flags):
     """Measure all contestants.
 
     Returns:
@@ -148,13 +127,11 @@ def take_turns(options, precisions, flags):
         MB of the contestants' processes by name.
     """
     with contextlib.ExitStack() as stack:
-        make = {name: (pytorch, each) for name, each in options.items()}
-        make |= {name: (this_tool, each) for name, each in precisions.items()}
         processes = {}
-        for name, (function, setting) in make.items():
-            process = timing.new_process(prepare, (function, setting, flags.batch_size))
+        for name, contestant in contestants.items():
+            process = timing.new_process(prepare, (*contestant, flags.batch_size))
             processes[name] = stack.enter_context(process)
-        times = {what: {name: [] for name in make} for what in (TRAIN, INFER)}
+        times = {what: {name: [] for name in contestants} for what in (TRAIN, INFER)}
         for _ in range(flags.rounds):
             for what, milliseconds in times.items():
                 for name, process in processes.items():
@@ -168,11 +145,7 @@ def take_turns(options, precisions, flags):
 
 
 def rivals(milliseconds):
-    """Return what all are compared with, by the heading of its column: names of contestants.
-
-    Args:
-        milliseconds: (rounds,) by name of the contestant.
-    """
+    """Return whom all are compared with, by the heading of the column."""
 
     def fastest(names):
         return min(names, key=lambda name: np.median(milliseconds[name]))
@@ -186,24 +159,26 @@ def rivals(milliseconds):
     }
 
 
-def rows(milliseconds, memory):
+def rows(title, milliseconds, memory):
     """Return the cells of the contestants: medians, and medians of ratios within a round.
 
     Args:
+        title: heading of their names.
         milliseconds: (rounds,) by name of the contestant.
         memory: peak MB by name of the contestant.
     """
-    compared = [milliseconds[rival] for rival in rivals(milliseconds).values()]
+    compared = {head: milliseconds[rival] for head, rival in rivals(milliseconds).items()}
     return [
-        [
-            name,
-            f"{np.median(values):.0f}",
-            *(f"{np.median(rival / values):.2f}" for rival in compared),
-            f"{memory[name]:.0f}",
-        ]
+        {
+            title: name,
+            "ms": f"{np.median(values):.0f}",
+            **{head: f"{np.median(rival / values):.2f}" for head, rival in compared.items()},
+            "peak MB": f"{memory[name]:.0f}",
+        }
         for name, values in milliseconds.items()
     ]
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=5, steps=3, batch_size=64))
+    definitions = timing.counts(rounds=5, steps=3, batch_size=64)
+    sys.exit(run_script(sys.argv, __doc__, definitions, compare))

@@ -12,21 +12,12 @@ import re
 import statistics
 import sys
 
-import timing
+from benchmark_lib import timing
 
 from capsnet import errors
+from runtime.command_line import run_script
 
 FOLDER = timing.ROOT / "results"
-HEADER = [
-    "command",
-    "seeds",
-    "wrong",
-    "test error, %",
-    "the paper, %",
-    "best replication, %",
-    "minutes of training",
-    "date",
-]
 # Test errors in percent of the paper, and the lowest of a public replication that does not choose
 # its epoch on test images, in the order of the table.
 REFERENCES = {
@@ -49,11 +40,7 @@ def place(runs):
 
 
 def rows(results):
-    """Return a row for each command, MNIST first, and there the largest error.
-
-    Args:
-        results: list of the contents of test.json.
-    """
+    """Return a row for each command from the contents of test.json: MNIST, largest error first."""
     groups = {}
     for result in sorted(results, key=lambda run: run["seed"]):
         groups.setdefault(command_of(result), []).append(result)
@@ -67,21 +54,23 @@ def mean_error(runs):
 
 
 def describe(command, runs):
-    """Return the cells of a command's row."""
+    """Return the cells of the runs of a command, by their headings."""
     error = f"{mean_error(runs):.2f}"
     if len(runs) > 1:
         deviation = statistics.stdev(run["error_percent"] for run in runs)
         error = f"{mean_error(runs):.3f} ± {deviation:.3f}"
     seconds = (run["training_seconds"] for run in runs)  # older runs do not say it: None
-    return [
-        f"`{command}`",
-        ", ".join(str(run["seed"]) for run in runs),
-        ", ".join(f"{run['wrong']:,}" for run in runs) + f" of {runs[0]['images']:,}",
-        error,
-        *REFERENCES.get(runs[0]["dataset"], ("–", "–")),
-        ", ".join(f"{each / 60:.0f}" if each else "–" for each in seconds),
-        ", ".join(sorted({run["date"][:10] for run in runs})),
-    ]
+    paper, replication = REFERENCES.get(runs[0]["dataset"], ("–", "–"))
+    return {
+        "command": f"`{command}`",
+        "seeds": ", ".join(str(run["seed"]) for run in runs),
+        "wrong": ", ".join(f"{run['wrong']:,}" for run in runs) + f" of {runs[0]['images']:,}",
+        "test error, %": error,
+        "the paper, %": paper,
+        "best replication, %": replication,
+        "minutes of training": ", ".join(f"{s / 60:.0f}" if s else "–" for s in seconds),
+        "date": ", ".join(sorted({run["date"][:10] for run in runs})),
+    }
 
 
 def print_results(_):
@@ -89,7 +78,7 @@ def print_results(_):
     results = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
     if not results:
         raise errors.UserError(f"no results in {FOLDER}; put the test.json of a run there")
-    timing.print_table(HEADER, rows(results))
+    timing.print_table(rows(results))
     sources = {
         f"{run['machine']}, Python {run['versions']['python']}, TensorFlow "
         f"{run['versions']['tensorflow']}"
@@ -99,4 +88,4 @@ def print_results(_):
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, print_results, starts_tensorflow=False))
+    sys.exit(run_script(sys.argv, __doc__, [], print_results, starts_tensorflow=False))

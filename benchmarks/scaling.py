@@ -7,10 +7,11 @@ Each row is measured in its own process, since a process never reports less memo
 
 import sys
 
-import timing
+from benchmark_lib import timing
+
+from runtime.command_line import run_script
 
 SIZES = [(16, 28), (32, 28), (64, 28), (128, 28), (256, 28), (64, 36), (64, 48), (64, 64)]
-HEADER = ["batch", "image", "parameters", "ms/step", "images/s", "peak MB"]
 
 
 def measure(batch_size, image_size, steps):
@@ -31,17 +32,17 @@ def measure_all(flags):
             measurement = process.submit(measure, batch_size, image_size, flags.steps)
             step_ms, megabytes, parameters = measurement.result()
         rows.append(
-            [
-                batch_size,
-                f"{image_size}×{image_size}",
-                f"{parameters / 1e6:.1f} M",
-                f"{step_ms:.0f}",
-                f"{1000 * batch_size / step_ms:.0f}",
-                f"{megabytes:.0f}",
-            ]
+            {
+                "batch": batch_size,
+                "image": f"{image_size}×{image_size}",
+                "parameters": f"{parameters / 1e6:.1f} M",
+                "ms/step": f"{step_ms:.0f}",
+                "images/s": f"{1000 * batch_size / step_ms:.0f}",
+                "peak MB": f"{megabytes:.0f}",
+            }
         )
-    timing.print_table(HEADER, rows)
+    timing.print_table(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, measure_all, steps=3))
+    sys.exit(run_script(sys.argv, __doc__, timing.counts(steps=3), measure_all))

@@ -11,19 +11,11 @@ import sys
 import time
 
 import numpy as np
-import timing
+from benchmark_lib import timing
+
+from runtime.command_line import run_script
 
 REPLICAS = (1, 2, 4)
-HEADER = [
-    "replicas",
-    "ms/step",
-    "efficiency on the same cores",
-    "all-reduce ms",
-    "its share",
-    "MB sent by each (ring)",
-    "first loss",
-    "first gradients",
-]
 
 
 def train(replicas, steps, batch_size):
@@ -86,18 +78,16 @@ def all_reduce_alone(strategy, variables):
 
 
 def largest_difference(expected, actual):
-    """Return the largest difference of arrays, in units of each expected array's largest value.
+    """Return the largest difference of arrays, or of dicts of arrays, by name.
 
-    Args:
-        expected: array, or dict of name to array.
-        actual: the same.
+    It is in units of each expected array's largest value.
     """
     if isinstance(expected, dict):
         return max(largest_difference(expected[name], actual[name]) for name in expected)
     return np.abs(expected - actual).max() / np.abs(expected).max()
 
 
-def row(replicas, result, single):
+def row(replicas, result, single, steps):
     """Return the cells of a number of replicas, compared with the result of a single one."""
     step, reduce, differences = result["step"], 0.0, ["0"] * 3
     if replicas > 1:
@@ -106,15 +96,16 @@ def row(replicas, result, single):
             f"{largest_difference(single[kind], result[kind]):.1e}"
             for kind in ("loss", "gradients", "weights")
         ]
-    return [
-        replicas,
-        f"{step:.0f}",
-        f"{single['step'] / step:.2f}",
-        f"{reduce:.0f}",
-        f"{100 * reduce / step:.0f}%",
-        f"{2 * (replicas - 1) / replicas * megabytes(single):.1f}",
-        *differences,
-    ]
+    compared = ("first loss", "first gradients", f"weights after {steps} steps")
+    return {
+        "replicas": replicas,
+        "ms/step": f"{step:.0f}",
+        "efficiency on the same cores": f"{single['step'] / step:.2f}",
+        "all-reduce ms": f"{reduce:.0f}",
+        "its share": f"{100 * reduce / step:.0f}%",
+        "MB sent by each (ring)": f"{2 * (replicas - 1) / replicas * megabytes(single):.1f}",
+        **dict(zip(compared, differences, strict=True)),
+    }
 
 
 def megabytes(result):
@@ -131,10 +122,7 @@ def compare(flags):
             training = process.submit(train, replicas, flags.steps, flags.batch_size)
             results[replicas] = training.result()
     single = results[1]
-    timing.print_table(
-        [*HEADER, f"weights after {flags.steps} steps"],
-        [row(replicas, result, single) for replicas, result in results.items()],
-    )
+    timing.print_table([row(n, result, single, flags.steps) for n, result in results.items()])
     print(
         f"Gradients: {megabytes(single):.1f} MB. Differences in units of each array's largest "
         "value."
@@ -142,4 +130,4 @@ def compare(flags):
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, compare, steps=50, batch_size=64))
+    sys.exit(run_script(sys.argv, __doc__, timing.counts(steps=50, batch_size=64), compare))

@@ -10,7 +10,9 @@ import sys
 import warnings
 
 import numpy as np
-import timing
+from benchmark_lib import timing
+
+from runtime.command_line import run_script
 
 LITERAL, DIRECT, DEFAULT = "literal, tiled W", "direct, untiled", "default: DFT, XLA"
 HEADER = [
@@ -42,12 +44,7 @@ def literal_layer():
 
 
 def stages(trainer, batch):
-    """Return calls by name, each of which runs one stage of a training step alone.
-
-    Args:
-        trainer: trainer of the default formulation.
-        batch: batch from `pipeline.batches`.
-    """
+    """Return calls by name, each of which runs one stage of a training step alone."""
     import tensorflow as tf
 
     import ops
@@ -91,13 +88,9 @@ def stages(trainer, batch):
 
 
 def make_calls(batch_size):
-    """Return what to time, calls by name.
+    """Return what to time, three dicts of name to call.
 
-    Args:
-        batch_size: images in a step.
-
-    Returns:
-        The training step of each formulation, its inference, and the stages of the default.
+    They are the training step of each formulation, its inference, and the stages of the default.
     """
     formulations = {
         LITERAL: ("direct", False, literal_layer()),
@@ -169,22 +162,19 @@ def compare(flags):
             f"at that rate takes {np.median(floor):.0f} ms a step.\n"
         )
         timing.print_table(
-            [f"formulation, batch {batch_size}", *HEADER],
             [row(name, train, infer, floor, batch_size) for name in train],
+            [f"formulation, batch {batch_size}", *HEADER],
         )
         step = np.median(train[DEFAULT])
+        stage = f"stage of the default at batch {batch_size}, alone, forward and backward"
         timing.print_table(
-            [
-                f"stage of the default at batch {batch_size}, alone, forward and backward",
-                "ms",
-                "share of a step",
-            ],
             [
                 [name, f"{np.median(ms):.0f}", f"{100 * np.median(ms) / step:.0f}%"]
                 for name, ms in alone.items()
             ],
+            [stage, "ms", "share of a step"],
         )
 
 
 if __name__ == "__main__":
-    sys.exit(timing.run(sys.argv, __doc__, compare, rounds=5, steps=3))
+    sys.exit(run_script(sys.argv, __doc__, timing.counts(rounds=5, steps=3), compare))

@@ -40,6 +40,18 @@ class UsageError(Exception):
     """The command line is wrong."""
 
 
+class Interrupted(Exception):
+    """A signal asked a training run to stop, and its state is saved.
+
+    Attributes:
+        number: number of the signal.
+    """
+
+    def __init__(self, number):
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
 class UserError(Exception):
     """A problem the user can solve. The message says what is wrong and what was expected."""
 

@@ -20,7 +20,7 @@ def check(values, rows, written):
         rows: name, default, bounds and help of each flag.
         written: names of the flags that are written to.
     """
-    check_bounds(values, rows)
+    refuse_empty(values, rows)
     for name in written:
         if not is_utf8(getattr(values, name)):
             raise UsageError(
@@ -35,14 +35,10 @@ def check(values, rows, written):
     check_weights(values)
 
 
-def check_bounds(values, rows):
-    """Raise UsageError if a number is out of bounds or a name is empty."""
-    for name, default, bounds, _ in rows:
+def refuse_empty(values, rows):
+    """Raise UsageError if a name is empty."""
+    for name, default, *_ in rows:
         value = getattr(values, name)
-        number = type(default) in (int, float)
-        if number and not bounds[0] <= value <= bounds[1]:  # absl's own bounds let nan pass
-            expected = command_line.expected_number(type(default), *bounds, value)
-            raise UsageError(f"--{name}={value}: expected {expected}")
         if isinstance(default, str) and not value and (default or values[name].present):
             raise UsageError(f"--{name} is empty, expected a value")
 

@@ -12,53 +12,45 @@ fixed seed: they have affNIST's distribution, and are not the affNIST file. In t
 deformation are tested as well. Writes affine.json and affine.png.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from command_line import DATA_DIR, MOST, Flag, distinct, number, one_of, path_name, run_script
+from experiment_lib import flags
 from PIL import Image
 
 import utils
 from capsnet import config
 from figures import image_files, plots
 from inputs import datasets
-from runtime import machine, terminal
+from runtime import terminal
+from runtime.command_line import MOST, Flag, distinct, number, one_of, run_script
 
 CANVAS, PADDING = 40, 6  # pixels: 28 + 2 * 6
 # Nobody knows beforehand how many epochs an accuracy takes, so the learning rate falls more slowly
 # than in main.py, and the averages, which are what is tested, are longer.
 DECAY_STEPS, AVERAGING = 3000, 0.998
 DECAY_RATE = config.TrainingConfig().decay_rate
-CLASSES = 10
-# Percent of affNIST that the paper's networks have right, at 99.23% of placed MNIST.
-PAPER = {"CapsNet": 79.0, "CNN": 66.0}
 
 
 class Network(NamedTuple):
     """A network of the comparison."""
 
     title: str
-    architecture: str | None  # a key of `cnn.ARCHITECTURES`; None for the CapsNet
-
-    @property
-    def paper(self):
-        """Return what the paper reports for its network of this kind, in percent."""
-        return PAPER["CNN" if self.architecture else "CapsNet"]
+    architecture: str | None  # of `capsnet.networks.CNN_LAYERS`; None for the CapsNet
+    paper: float  # percent of affNIST that the paper's has right, at 99.23% of placed MNIST
 
 
 # The paper says of its CNN only that it has pooling, dropout and about as many parameters, as the
 # first one here. The others are that of section 5 and that of the authors' public code.
 NETWORKS = {
-    "capsnet": Network("CapsNet", None),
-    "cnn": Network("CNN, pooled", "affine"),
-    "cnn_section5": Network("CNN, section 5", "mnist"),
-    "cnn_authors": Network("CNN, authors", "authors"),
+    "capsnet": Network("CapsNet", None, 79.0),
+    "cnn": Network("CNN, pooled", "affine", 66.0),
+    "cnn_section5": Network("CNN, section 5", "mnist", 66.0),
+    "cnn_authors": Network("CNN, authors", "authors", 66.0),
 }
 COLORS = dict(zip(NETWORKS, (*plots.LINE_COLORS, "#2a7f4f", "#8a5fb0"), strict=True))
 ROTATION, SHEAR, SCALE = 20.0, 0.2, 0.2  # affNIST's limits: degrees; ratio; from 1, in each axis
@@ -68,26 +60,17 @@ class Sweep(NamedTuple):
     """Values of one factor of a transformation, while the others are at rest."""
 
     values: tuple
-    at_rest: float  # the value that changes nothing
     in_affnist: tuple  # (lowest, highest) value
     unit: str
 
 
 SWEEPS = {
-    "rotation": Sweep((0.0, 20.0, 40.0, 60.0), 0.0, (0.0, ROTATION), "degrees"),
-    "shear": Sweep((0.0, 0.2, 0.4, 0.6), 0.0, (0.0, SHEAR), "shear"),
-    "scale": Sweep((0.6, 0.8, 1.0, 1.2), 1.0, (1 - SCALE, 1 + SCALE), "scale of both axes"),
+    "rotation": Sweep((0.0, 20.0, 40.0, 60.0), (0.0, ROTATION), "degrees"),
+    "shear": Sweep((0.0, 0.2, 0.4, 0.6), (0.0, SHEAR), "shear"),
+    "scale": Sweep((0.6, 0.8, 1.0, 1.2), (1 - SCALE, 1 + SCALE), "scale of both axes"),
     # From the middle of the canvas, 0, to where the ink is at its edges, 1.
-    "translation": Sweep((0.0, 0.4, 0.7, 1.0), 0.0, (0.0, 1.0), "from the middle to the edges"),
+    "translation": Sweep((0.0, 0.4, 0.7, 1.0), (0.0, 1.0), "from the middle to the edges"),
 }
-
-
-def percent(text):
-    """Parse a percentage; a share, such as 0.99, is a mistake."""
-    value = number(float, 0, 100)(text)
-    if value <= 1:
-        raise ValueError("expected percent, more than 1 and up to 100")
-    return value
 
 
 FLAGS = [
@@ -95,7 +78,7 @@ FLAGS = [
     Flag(
         "accuracy",
         99.23,
-        percent,
+        number(float, 10, 100),  # a share, such as 0.99, is a mistake
         "accuracy on held-out digits, in percent, at which training stops; default: what the "
         "paper's networks have on test digits",
     ),
@@ -113,9 +96,9 @@ FLAGS = [
         "momentum of the running averages of the weights, which are tested; 0: no averages",
     ),
     Flag("seed", 0, number(int, 0, 2**31 - 1), "seed of the weights, of the order and of dropout"),
-    Flag("train_size", None, number(int, 1, MOST), "use only the first N training images"),
-    DATA_DIR,
-    Flag("output", "runs/affine", path_name, "folder to write to"),
+    flags.TRAIN_SIZE,
+    flags.DATA_DIR,
+    flags.output("runs/affine"),
 ]
 
 
@@ -125,14 +108,13 @@ FLAGS = [
 def transform_matrix(rotation=0.0, shear=0.0, scale_y=1.0, scale_x=1.0):
     """Return the 2×2 matrix of a scaling, then a shear, then a rotation about a digit's middle.
 
+    It takes (x, y), from the middle, to where that point moves.
+
     Args:
         rotation: degrees, clockwise on the screen.
         shear: pixels to the right for each pixel down.
         scale_y: factor of the height.
         scale_x: factor of the width.
-
-    Returns:
-        Matrix that takes (x, y), from the middle of the digit, to where that point moves.
     """
     angle = math.radians(rotation)
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -181,15 +163,9 @@ def _move_ink(has_ink, place, canvas):
 
 
 def affine_test_images(images, seed=0, deformed=True):
-    """Make images of affNIST's distribution; a pure function of its arguments.
+    """Make images of affNIST's distribution: (N, 28, 28, 1) -> (N, 40, 40, 1), uint8.
 
-    Args:
-        images: (N, 28, 28, 1) uint8.
-        seed: seed of the transformations.
-        deformed: if False, the images are only moved to the same places.
-
-    Returns:
-        (N, 40, 40, 1) uint8.
+    They depend on the arguments alone. Unless `deformed`, they are only moved, to the same places.
     """
     stream = utils.random_stream(seed, 0, "affine test")
     draws = stream.uniform(-1, 1, (len(images), 4))
@@ -204,17 +180,9 @@ def affine_test_images(images, seed=0, deformed=True):
 
 
 def swept_images(images, factor, value):
-    """Transform all images with one factor at one value and the others at rest.
+    """Transform images by one factor, a key of SWEEPS: (N, 28, 28, 1) -> (N, 40, 40, 1), uint8.
 
     Digits are in the middle of the canvas; a translation moves them to its four corners in turn.
-
-    Args:
-        images: (N, 28, 28, 1) uint8.
-        factor: a key of SWEEPS.
-        value: value of the factor.
-
-    Returns:
-        (N, 40, 40, 1) uint8.
     """
     changed = {"scale": ("scale_y", "scale_x"), "translation": ()}.get(factor, (factor,))
     matrix = transform_matrix(**dict.fromkeys(changed, value))
@@ -239,123 +207,64 @@ def placed(data):
     return plan._replace(shift=shift)
 
 
-def make_network(name, seed=0):
-    """Create one of NETWORKS.
-
-    Args:
-        name: a key of NETWORKS.
-        seed: seed of the dropout.
-    """
-    from cnn import CNN
-
-    from model import CapsNet
-
-    shape, conv = (CANVAS, CANVAS, 1), machine.fastest_conv()
-    architecture = NETWORKS[name].architecture
-    if architecture:
-        return CNN(shape, CLASSES, architecture, conv=conv, seed=seed)
-    return CapsNet(shape, CLASSES, conv=conv)
-
-
-def examine(name, flags, mnist):
+def train_and_test(name, values, mnist):
     """Train a network to the accuracy asked for, and test it on all transformed digits.
 
     Returns:
-        dict: the result of `trial.run`, and that of `test_transformed`.
+        dict: the result of `trial.run` with that of `test_transformed`.
     """
-    import trial
+    from experiment_lib import trial
 
     from inputs.pipeline import Examples, split_validation
 
-    size = min(flags.train_size or MOST, len(mnist.y_train))
+    size = min(values.train_size or MOST, len(mnist.y_train))
     train_indices, held_out = split_validation(size, seed=0)
     placing = {"padding": PADDING, "max_shift": PADDING}
     data = Examples(mnist.x_train[:size], mnist.y_train[:size], **placing)
     validation, test_data = data.subset(held_out), Examples(mnist.x_test, mnist.y_test, **placing)
     training = config.TrainingConfig(
-        seed=flags.seed, decay_steps=flags.decay_steps, averaging=flags.averaging
+        seed=values.seed, decay_steps=values.decay_steps, averaging=values.averaging
     )
-    if NETWORKS[name].architecture:
+    architecture = NETWORKS[name].architecture
+    if architecture:
         training = training._replace(reconstruction_weight=0.0)
-    outcome, folder = trial.run(
-        Path(flags.output, name),
-        lambda: make_network(name, flags.seed),
+    return trial.run(
+        Path(values.output, name),
+        lambda: trial.make_network(data.canvas_shape(), architecture),
         data.subset(train_indices),
         test_data,
         training,
-        flags.epochs,
+        values.epochs,
         placed(test_data),
-        trial.Goal(flags.accuracy / 100, validation, placed(validation)),
+        trial.Goal(values.accuracy / 100, validation, placed(validation)),
+        lambda evaluator: test_transformed(evaluator, mnist),
     )
-    return outcome | test_transformed(name, folder, outcome["trained_epochs"], mnist)
 
 
-def test_transformed(name, folder, trained_epochs, mnist):
-    """Test a network on all transformed digits; what was tested before is not tested again.
-
-    Args:
-        name: name of the network.
-        folder: folder of `trial.run`; gets tested.json.
-        trained_epochs: how long the network was trained.
-        mnist: Dataset.
+def test_transformed(evaluator, mnist):
+    """Test a network on all transformed digits.
 
     Returns:
         dict: "affine_right" and "places_right", how many of the digits of `affine_test_images` are
-        right; "sweeps", factor -> percent right at each value; "basis", all that it depends on.
-    """
-    images = {
-        "affine_right": affine_test_images(mnist.x_test),
-        "places_right": affine_test_images(mnist.x_test, deformed=False),
-    }
-    basis = {test: hashlib.sha256(made).hexdigest()[:16] for test, made in images.items()}
-    basis |= {factor: list(sweep.values) for factor, sweep in SWEEPS.items()}
-    basis["trained_epochs"] = trained_epochs
-    path = folder / "tested.json"
-    tested = json.loads(path.read_text()) if path.exists() else {}
-    if tested.get("basis") != basis:
-        tested = {"basis": basis, "sweeps": {}}
-    count_right = make_test(name, folder, mnist.y_test)
-    for test, made in images.items():
-        if test not in tested:
-            tested[test] = count_right(made)
-            utils.write_json(path, tested)
-    for factor, sweep in SWEEPS.items():
-        shares = tested["sweeps"].setdefault(factor, [])
-        for value in sweep.values[len(shares) :]:
-            at_rest = value == sweep.at_rest  # the same images for each factor
-            if at_rest and "at_rest" in tested:
-                shares.append(tested["at_rest"])
-            else:
-                print(f"{NETWORKS[name].title}, {factor} {value:g}", flush=True)
-                right = count_right(swept_images(mnist.x_test, factor, value))
-                shares.append(100 * right / len(mnist.y_test))
-            if at_rest:
-                tested["at_rest"] = shares[-1]
-            utils.write_json(path, tested)
-    return tested
-
-
-def make_test(name, folder, labels):
-    """Return a function that counts which images (N, 40, 40, 1) uint8 a trained network gets right.
-
-    Args:
-        name: name of the network.
-        folder: folder of `trial.run`.
-        labels: (N,), of the images.
+        right; "sweeps", factor -> percent right at each value.
     """
     from inputs.pipeline import Examples
-    from training.checkpoints import load_weights
-    from training.evaluation import Evaluator
-
-    network = make_network(name)
-    load_weights(network, folder / "checkpoint", print)
-    evaluator = Evaluator(network, jit=True)
 
     def count_right(images):
-        data = Examples(images, labels)
+        data = Examples(images, mnist.y_test)
         return int(evaluator.evaluate(data, data.evaluation_plan()).correct.sum())
 
-    return count_right
+    def percent_right(factor, value):
+        return 100 * count_right(swept_images(mnist.x_test, factor, value)) / len(mnist.y_test)
+
+    return {
+        "affine_right": count_right(affine_test_images(mnist.x_test)),
+        "places_right": count_right(affine_test_images(mnist.x_test, deformed=False)),
+        "sweeps": {
+            factor: [percent_right(factor, value) for value in sweep.values]
+            for factor, sweep in SWEEPS.items()
+        },
+    }
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -363,45 +272,33 @@ def make_test(name, folder, labels):
 
 def interval(right, n):
     """Return Wilson's 95% confidence interval of a share, in percent."""
-    z, p = 1.959964, right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (middle - half), 100 * (middle + half)
+    from scipy.stats import binomtest
+
+    bounds = binomtest(right, n).proportion_ci(method="wilson")
+    return 100 * bounds.low, 100 * bounds.high
 
 
 def table(outcomes):
-    """Return the table of the results, lines of Markdown.
+    """Return the table of what `train_and_test` returned for each network, lines of Markdown."""
+    lines = [describe(NETWORKS[name], outcome) for name, outcome in outcomes.items()]
+    return utils.markdown_table(lines[0], [line.values() for line in lines])
 
-    Args:
-        outcomes: dict of network to what `examine` returns.
-    """
-    header = [
-        "network",
-        "parameters",
-        "epochs",
-        "held-out accuracy, %",
-        "test digits placed at random, %",
-        "anywhere on the canvas, %",
-        "of affNIST's distribution, % (95% interval)",
-        "the paper, affNIST, %",
-    ]
-    rows = []
-    for name, outcome in outcomes.items():
-        n, right = outcome["images"], outcome["affine_right"]
-        low, high = interval(right, n)
-        rows.append(
-            [
-                NETWORKS[name].title,
-                f"{outcome['parameters']:,}",
-                f"{outcome['trained_epochs']:g}",
-                f"{100 * outcome['held_out_accuracy']:.2f}",
-                f"{100 * outcome['accuracy']:.2f}",
-                f"{100 * outcome['places_right'] / n:.2f}",
-                f"{100 * right / n:.2f} ({low:.2f} to {high:.2f})",
-                f"{NETWORKS[name].paper:g}",
-            ]
-        )
-    return utils.markdown_table(header, rows)
+
+def describe(network, outcome):
+    """Return the cells of a Network by their headings."""
+    n, right = outcome["images"], outcome["affine_right"]
+    low, high = interval(right, n)
+    share = f"{100 * right / n:.2f} ({low:.2f} to {high:.2f})"
+    return {
+        "network": network.title,
+        "parameters": f"{outcome['parameters']:,}",
+        "epochs": f"{outcome['trained_epochs']:g}",
+        "held-out accuracy, %": f"{100 * outcome['held_out_accuracy']:.2f}",
+        "test digits placed at random, %": f"{100 * outcome['accuracy']:.2f}",
+        "anywhere on the canvas, %": f"{100 * outcome['places_right'] / n:.2f}",
+        "of affNIST's distribution, % (95% interval)": share,
+        "the paper, affNIST, %": f"{network.paper:g}",
+    }
 
 
 def draw(path, outcomes):
@@ -419,28 +316,25 @@ def draw(path, outcomes):
     image_files.write_png(path, plots.render(figure))
 
 
-def compare(flags):
+def compare(values):
     """Train and test the chosen networks, print the table, and write the picture and the results.
 
     The last line says what the transformed digits are, since they are not the affNIST file.
     """
-    from trial import reaches
+    from experiment_lib.trial import reaches
 
-    mnist = datasets.load_dataset("mnist", flags.data_dir)
-    outcomes = {name: examine(name, flags, mnist) for name in flags.networks}
+    mnist = datasets.load_dataset("mnist", values.data_dir)
+    outcomes = {name: train_and_test(name, values, mnist) for name in values.networks}
     print("\n" + "\n".join(table(outcomes)))
-    output = Path(flags.output)
+    output = Path(values.output)
     utils.write_json(output / "affine.json", outcomes)
     draw(output / "affine.png", outcomes)
     for name, outcome in outcomes.items():
-        if not reaches(outcome["held_out_accuracy"], flags.accuracy / 100):
-            title, epochs = (
-                NETWORKS[name].title,
-                terminal.plural(outcome["trained_epochs"], "epoch"),
-            )
+        if not reaches(outcome["held_out_accuracy"], values.accuracy / 100):
+            epochs = terminal.plural(outcome["trained_epochs"], "epoch")
             print(
-                f"\n{title} did not reach {flags.accuracy:g}% in {epochs}; to train longer: a "
-                "larger --epochs."
+                f"\n{NETWORKS[name].title} did not reach {values.accuracy:g}% in {epochs}; to "
+                "train longer: a larger --epochs."
             )
     print(
         f"\n{len(mnist.y_test):,} digits of affNIST's distribution made from MNIST's test digits, "
@@ -448,10 +342,5 @@ def compare(flags):
     )
 
 
-def main(argv):
-    """Run a command line and return its exit code."""
-    return run_script(argv, __doc__, FLAGS, compare)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(run_script(sys.argv, __doc__, FLAGS, compare))

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from command_line import DATA_DIR, Flag, path_name, run_script
+from experiment_lib import flags
 
 import utils
 from capsnet.errors import UserError
 from figures import examples, image_files, pages, plots, tweaks
 from inputs import datasets
 from runtime import terminal
+from runtime.command_line import run_script
 
 SHOWN = 3  # digits in the animation
 TRIED = 10  # test images of a class, one of which may be shown
@@ -49,10 +50,7 @@ SINGLE = {
 PAIRS = {"multi_MNIST.png": "multi_MNIST.png", "predictions.png": "pair_predictions.png"}
 TOUR = utils.ROOT / "docs" / "tour.ipynb"
 RESULTS = utils.ROOT / "results" / "experiments"
-FLAGS = [
-    Flag("output", str(utils.ROOT / "assets"), path_name, "folder to write to"),
-    DATA_DIR,
-]
+FLAGS = [flags.output(str(utils.ROOT / "assets")), flags.DATA_DIR]
 
 
 # --- Properties of ink ----------------------------------------------------------------------------
@@ -370,29 +368,24 @@ def draw_results(output):
     return [output / f"{name}.png" for name in ("affine", "routing", "speed")]
 
 
-def draw_all(flags):
+def draw_all(values):
     """Draw all pictures."""
     import routing
 
-    output = Path(flags.output)
+    output = Path(values.output)
     output.mkdir(parents=True, exist_ok=True)
     terminal.report_written(draw_results(output))
-    mnist = datasets.load_dataset("mnist", flags.data_dir)
+    mnist = datasets.load_dataset("mnist", values.data_dir)
     network, _ = routing.load_network(mnist.x_test.shape[1:], None)
     terminal.report_written(draw_capsules(network, mnist, output))
-    files, wrong = draw_single(flags.data_dir, output)
+    files, wrong = draw_single(values.data_dir, output)
     draw_reconstructions(network, mnist, wrong, output / "reconstruction.png")
     terminal.report_written(
-        [*files, output / "reconstruction.png", *draw_pairs(flags.data_dir, output)]
+        [*files, output / "reconstruction.png", *draw_pairs(values.data_dir, output)]
     )
     save_tour(TOUR)
     terminal.report_written([TOUR])
 
 
-def main(argv):
-    """Run a command line and return its exit code."""
-    return run_script(argv, __doc__, FLAGS, draw_all)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(run_script(sys.argv, __doc__, FLAGS, draw_all))

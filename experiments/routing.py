@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from command_line import DATA_DIR, MOST, Flag, number, path_name, run_script
+from experiment_lib import flags
 
 import utils
 from capsnet import errors
 from figures import image_files, plots
 from inputs import datasets
 from runtime import machine
+from runtime.command_line import MOST, Flag, number, path_name, run_script
 
 ITERATIONS, IMAGES, CLASSES = 10, 10_000, 10
 BATCH_SIZE = 100
@@ -27,16 +28,14 @@ FLAGS = [
         "checkpoint",
         None,
         path_name,
-        "folder of a trained network of the default sizes; default: the weights that come with the "
-        "program",
+        "folder of a CapsNet trained on MNIST; default: the weights that come with the program",
     ),
-    Flag("output", "runs/routing", path_name, "folder to write to"),
-    DATA_DIR,
+    flags.output("runs/routing"),
+    flags.DATA_DIR,
     Flag("images", IMAGES, number(int, 1, MOST), "use only the first N test images"),
 ]
 ADVICE = dict.fromkeys(
-    (errors.NoCheckpoint, errors.DamagedCheckpoints, errors.NetworkMismatch),
-    "give the folder of a trained network of the default sizes",
+    (errors.NoCheckpoint, errors.DamagedCheckpoints), "give the folder of a trained network"
 )
 
 
@@ -75,22 +74,25 @@ def load_network(image_shape, checkpoint):
         checkpoint: folder, None for the weights that come with the program.
 
     Raises:
-        UserError: the weights do not fit, or belong to another data set.
+        UserError: the weights are damaged, or of another network or data set.
     """
-    from commands.pretrained import load_pretrained
+    import model
+    from commands.weights import config_of, exported_metadata, load_exported
+    from training.checkpoints import load_weights, newest_metadata
 
-    from model import CapsNet
-    from training.checkpoints import load_weights
-
-    network = CapsNet(image_shape, CLASSES, conv=machine.fastest_conv())
-    if checkpoint is None:
-        return network, load_pretrained(network, utils.ROOT / "pretrained" / "mnist")
-    metadata = load_weights(network, checkpoint, print)
-    trained = metadata["training"].get("dataset", "mnist")
-    if trained != "mnist":
+    folder = checkpoint or utils.ROOT / "pretrained" / "mnist"
+    metadata = newest_metadata(folder) if checkpoint else exported_metadata(folder)
+    config, trained = config_of(metadata, folder), metadata["training"].get("dataset", "mnist")
+    found = config.network, trained, tuple(config.image_shape)
+    if found != ("capsnet", "mnist", tuple(image_shape)):
         raise errors.UserError(
-            f"{checkpoint} was trained on {trained}, expected a network of MNIST; give its folder"
+            f"{folder} holds a {config.network} for {trained} of {config.image_shape}, expected a "
+            f"capsnet for mnist of {image_shape}"
         )
+    network = model.build(config, conv=machine.fastest_conv())
+    if checkpoint:
+        return network, load_weights(network, folder, print)
+    load_exported(network, folder)
     return network, metadata
 
 
@@ -99,7 +101,7 @@ def measure_images(network, images, iterations):
     import ops
 
     totals = np.zeros((2, iterations))
-    spectra = network.spectra()
+    spectra = network.conv1.spectrum(), network.primary.spectrum()
     for start in range(0, len(images), BATCH_SIZE):
         part = images[start : start + BATCH_SIZE].astype(np.float32) / 255
         u = network.primary(network.conv1(part, spectra[0]), spectra[1])
@@ -112,14 +114,11 @@ def measure_images(network, images, iterations):
 def table(changes, entropies):
     """Return the table of an experiment, lines of Markdown."""
     header = ["iteration", "mean change of a logit", "entropy of the couplings, bits"]
-    rows = zip(changes, entropies, strict=True)
-    return utils.markdown_table(
-        header,
-        [
-            (iteration, f"{change:.5f}", f"{entropy:.4f}")
-            for iteration, (change, entropy) in enumerate(rows, 1)
-        ],
-    )
+    rows = [
+        (iteration, f"{change:.5f}", f"{entropy:.4f}")
+        for iteration, (change, entropy) in enumerate(zip(changes, entropies, strict=True), 1)
+    ]
+    return utils.markdown_table(header, rows)
 
 
 def draw(path, changes, entropies):
@@ -136,18 +135,18 @@ def draw(path, changes, entropies):
     image_files.write_png(path, plots.render(figure))
 
 
-def watch(flags):
+def watch(values):
     """Measure routing, print the table, and write the picture and the figures."""
-    mnist = datasets.load_dataset("mnist", flags.data_dir)
-    images = mnist.x_test[: flags.images]
-    network, metadata = load_network(images.shape[1:], flags.checkpoint)
-    changes, entropies = measure_images(network, images, flags.iterations)
+    mnist = datasets.load_dataset("mnist", values.data_dir)
+    images = mnist.x_test[: values.images]
+    network, metadata = load_network(images.shape[1:], values.checkpoint)
+    changes, entropies = measure_images(network, images, values.iterations)
     print(
         f"{len(images):,} test images, weights of step {metadata['step']:,}; entropy at most "
         f"{np.log2(CLASSES):.3f} bits\n"
     )
     print("\n".join(table(changes, entropies)))
-    output = Path(flags.output)
+    output = Path(values.output)
     draw(output / "routing.png", changes, entropies)
     result = {
         "changes": changes,
@@ -160,10 +159,5 @@ def watch(flags):
     print(f"\nWrote {output / 'routing.png'}, {output / 'routing.json'}")
 
 
-def main(argv):
-    """Run a command line and return its exit code."""
-    return run_script(argv, __doc__, FLAGS, watch, ADVICE)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(run_script(sys.argv, __doc__, FLAGS, watch, ADVICE))

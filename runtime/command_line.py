@@ -1,23 +1,116 @@
-"""Texts about the command line: lines of `--help`, what is wrong with it, what helps.
+"""The command line: flags and their values, lines of `--help`, what is wrong, what helps.
 
-`main.py` and the scripts of experiments/ and benchmarks/ share them.
+`main.py` and the scripts of experiments/ and benchmarks/ share it.
 """
 
 import difflib
+import math
+import os
 import re
 import shlex
+import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 
-from capsnet.errors import DataFileError
+from capsnet.errors import DataFileError, FolderInUse, Interrupted, UsageError, UserError
+from runtime import machine, messages, startup, terminal
+from utils import ROOT
 
 WIDTH = 96  # columns of the help
 COLUMN = 28  # where the descriptions of the flags begin
 COMMON = 10_000  # the largest bound of whole numbers that is worth naming
 SMALLEST = 0.001  # smaller bounds are named "above 0"
 KINDS = {int: "a whole number", float: "a number"}
+MOST = 10**9  # epochs, images and the like
+
+
+# --- Values ---------------------------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """A flag of a script."""
+
+    name: str
+    default: object
+    parse: Callable  # text -> value; raises ValueError with what was expected
+    help: str
+
+
+class Parser(flags.ArgumentParser):
+    """What absl calls to parse the value of a flag, made of a function such as `Flag.parse`."""
+
+    def __init__(self, parse):
+        self.parse = parse
+
+
+def number(kind, low, high):
+    """Return a parser of numbers of a type, int or float, from `low` to `high`."""
+
+    def parse(text):
+        plain = str(text)
+        # What int() and float() take besides, such as 1_000, is no number here.
+        usual = plain.isdecimal() if kind is int else "_" not in plain
+        try:
+            value = kind(text) if usual and plain.isascii() else math.nan
+        except ValueError:
+            value = math.nan  # which is within no bounds
+        if not low <= value <= high:
+            raise ValueError("expected " + expected_number(kind, low, high, value))
+        return value
+
+    return parse
+
+
+def one_of(names):
+    """Return a parser of one of these names."""
+
+    def parse(text):
+        if text not in names:
+            raise ValueError(f"{text!r}, expected {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def distinct(parse_word):
+    """Return a parser of a list of different values, with commas between them."""
+
+    def parse(text):
+        values = [parse_word(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ValueError("expected each of them only once")
+        return values
+
+    return parse
+
+
+def path_name(text):
+    """Parse the name of a file or folder."""
+    if not text:
+        raise ValueError("expected a name")
+    return os.path.expanduser(text)
+
+
+def parse_size(text):
+    """Return the (H, W) that a text such as "32x48" says, None if it says none."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    return tuple(map(int, sides.groups())) if sides else None
+
+
+def refuse_repeats(values):
+    """Raise UsageError for a flag that is given more than once: all but the last are ignored."""
+    for name in values:
+        if values[name].present > 1:
+            raise UsageError(
+                f"--{name} is given {values[name].present} times, expected once, with one value"
+            )
+
+
+# --- Help and problems ----------------------------------------------------------------------------
 
 
 def help_lines(flag, text):
@@ -38,29 +131,6 @@ def help_lines(flag, text):
         break_on_hyphens=False,
     )
     return [head, *lines] if alone else lines
-
-
-class NumberParser(flags.ArgumentParser):
-    """Parses the value of a flag that is a number, and says what was expected if it is none.
-
-    Args:
-        kind: int or float.
-    """
-
-    def __init__(self, kind):
-        self.syntactic_help = KINDS[kind]
-        self._parser = flags.IntegerParser() if kind is int else flags.FloatParser()
-
-    def parse(self, argument):
-        """Return the number. Raise ValueError if the argument is none."""
-        try:
-            return self._parser.parse(argument)
-        except (ValueError, TypeError):
-            raise ValueError(f"expected {self.syntactic_help}") from None
-
-    def flag_type(self):
-        """Return the name of the type."""
-        return self._parser.flag_type()
 
 
 def expected_number(kind, low, high, value=None):
@@ -145,7 +215,7 @@ def advice_for(error, table, out_of_memory=False):
 
 def download_command(error):
     """Return the command that fetches the files of a DataFileError to where they were missed."""
-    program, place = Path(__file__).resolve().with_name("download.py"), Path(error.place)
+    program, place = ROOT / "download.py", Path(error.place)
     folder = place if place.name == error.dataset else place.parent
     words = [program.name if program.parent == Path.cwd() else str(program), error.dataset]
     if folder.parent.resolve() != Path("data").resolve():  # the default of download.py
@@ -153,12 +223,79 @@ def download_command(error):
     return shlex.join(["python", *words])
 
 
-def parse_size(text):
-    """Return the (H, W) that a text such as "32x48" says, None if it says none."""
-    sides = re.fullmatch(r"(\d+)x(\d+)", text)
-    return tuple(map(int, sides.groups())) if sides else None
-
-
 def see_help(problem):
     """Return what to add to a problem: where the flags are listed, unless it ends in a question."""
     return "" if str(problem).endswith("?") else "; see --help"
+
+
+# --- Scripts --------------------------------------------------------------------------------------
+
+
+def parse(argv, definitions):
+    """Return the values of the flags of a script. Raise UsageError if its command line is wrong."""
+    values = flags.FlagValues()
+    for flag in definitions:
+        flags.DEFINE(Parser(flag.parse), flag.name, flag.default, flag.help, flag_values=values)
+    names = [flag.name for flag in definitions]
+    try:
+        stray = values(argv)[1:]
+    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
+        raise UsageError(describe_problem(error, names)) from None
+    if stray:
+        raise UsageError(stray_word(stray[0], names))
+    refuse_repeats(values)
+    return values
+
+
+def help_text(doc, definitions):
+    """Return the docstring of a script, then its flags with their defaults."""
+    lines = [doc.strip(), ""]
+    for flag in definitions:
+        shown = f"--{flag.name}" if flag.default is None else f"--{flag.name}={flag.default}"
+        lines += help_lines(shown, flag.help)
+    return "\n".join(lines)
+
+
+def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=True):
+    """Parse a command line, call the function that does the work, and return the exit code.
+
+    Args:
+        argv: the command line; argv[0] is the program.
+        doc: docstring of the script, for `--help`.
+        definitions: list of Flag.
+        function: takes the values of the flags; returns an exit code, None for 0.
+        advice: dict of type of error to what the user can do, see `advice_for`.
+        starts_tensorflow: whether the function needs TensorFlow.
+    """
+    terminal.escape_unencodable_output()
+    program = Path(argv[0]).name
+    problems = (UserError, OSError, MemoryError)
+    try:
+        if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+            print(help_text(doc, definitions), flush=True)
+            return 0
+        values = parse(argv, definitions)
+        machine.commit()  # now: it may be another one after an hour of training
+        if starts_tensorflow:
+            problems += (startup.start_tensorflow().errors.OpError,)
+        code = function(values) or 0
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
+        return code
+    except UsageError as error:
+        print(f"{program}: {error}{see_help(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return 1
+    except problems as error:
+        advice = {FolderInUse: "wait for it"} | (advice or {})
+        helps = advice_for(error, advice, messages.is_out_of_memory(error))
+        line = messages.describe_error(error, helps)
+        print(f"{program}: {line}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print("Stopped, and saved. To resume: the same command again.", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130

@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks, what they time, and what their faults do, on tiny networks."""
 
+import dataclasses
 import functools
 import gzip
 import importlib.util
@@ -14,67 +15,75 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import faults
-import faulty_server
 import numpy as np
 import pytest
 import pytorch_baseline
 import scaling
 import scaling_out
 import speed
-import timing
+from benchmark_lib import faulty_server, timing
 
 import download
 import results
-from capsnet import config, errors
+from capsnet import errors
 from inputs import pipeline
+from runtime.command_line import run_script
 from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(
-    path
-    for folder in ("benchmarks", "experiments")
-    for path in (ROOT / folder).glob("*.py")
-    if '__name__ == "__main__"' in path.read_text()
-)
-# Run a script, then say whether it has imported TensorFlow.
+SCRIPTS = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+# Run scripts one after the other, and say of each its exit code, what it printed, and whether
+# TensorFlow is imported then.
 PROBE = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("tensorflow" in sys.modules)
+import contextlib, io, json, os, runpy, sys
+answers = []
+for path, *words in json.loads(sys.argv[1]):
+    sys.argv = [path, *words]
+    sys.path.insert(0, os.path.dirname(path))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            answers.append([end.code, out.getvalue(), err.getvalue(), "tensorflow" in sys.modules])
+        else:
+            answers.append([None, out.getvalue(), err.getvalue(), "tensorflow" in sys.modules])
+print(json.dumps(answers))
 """
 
 
-def run_probe(path, *words):
-    command = [sys.executable, "-c", PROBE, str(path), *words]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def answers():
+    """What each script answers to --help, and speed.py to a wrong flag, in one process."""
+    lines = [[str(path), "--help"] for path in SCRIPTS]
+    lines.append([str(ROOT / "benchmarks" / "speed.py"), "--rounds=0"])
+    command = [sys.executable, "-c", PROBE, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {" ".join(line): each for line, each in zip(lines, json.loads(done.stdout), strict=True)}
 
 
 # --- Command lines --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_says_what_it_does_without_tensorflow(path):
-    done = run_probe(path, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    *text, imported = done.stdout.splitlines()
-    source = path.read_text()
-    assert text[0] and f'"""{text[0]}' in source and imported == "False"
+def test_every_script_says_what_it_does_without_tensorflow(answers, path):
+    code, printed, complaint, imported = answers[f"{path} --help"]
+    assert (code, complaint, imported) == (0, "", False)
+    text, source = printed.splitlines(), path.read_text()
+    assert text[0] and f'"""{text[0]}' in source
     usage = re.search(rf"^    python {path.parent.name}/{path.name}(.*)$", source, re.MULTILINE)
     shown = "\n".join(text[source.split('"""')[1].count("\n") :])
     for flag in re.findall(r"\[(--\w+=\d+)\]", usage[1]):  # with the defaults of the docstring
         assert f"  {flag} " in shown
 
 
-def test_a_wrong_flag_of_a_benchmark_is_a_usage_error_without_tensorflow():
-    done = run_probe(ROOT / "benchmarks" / "speed.py", "--rounds=0")
-    assert (done.returncode, done.stdout) == (2, "False\n")
-    assert done.stderr == (
-        "speed.py: --rounds=0: expected a whole number of at least 1; see --help\n"
-    )
+def test_a_wrong_flag_of_a_benchmark_is_a_usage_error_without_tensorflow(answers):
+    assert answers[f"{ROOT / 'benchmarks' / 'speed.py'} --rounds=0"] == [
+        2,
+        "",
+        "speed.py: --rounds=0: expected a whole number of at least 1; see --help\n",
+        False,
+    ]
 
 
 def test_a_terminal_that_lacks_a_character_gets_its_code():
@@ -116,7 +125,7 @@ def test_runs_of_one_command_but_for_its_seed_are_a_row_with_mean_and_deviation(
         result("main.py --train --test --epoch=3", 0, 1058),
     ]
     # Of 0.44, 0.42 and 0.48: mean 0.4467, deviations -0.0067, -0.0267 and 0.0333.
-    assert results.rows(runs) == [
+    assert [list(row.values()) for row in results.rows(runs)] == [
         ["`python main.py --train --test --epoch=3`", "0", "1,058 of 10,000", "10.58",
          "0.25 ± 0.005", "0.31", "10", "2026-01-02"],
         ["`python main.py --train --test`", "0, 1, 2", "44, 42, 48 of 10,000", "0.447 ± 0.031",
@@ -131,7 +140,8 @@ def test_mnist_comes_first_then_overlapping_digits_and_each_has_its_papers_figur
         result("main.py --epoch=9", 0, 50),
         result("main.py --dataset=kmnist --multi_MNIST", 0, 7000, dataset="multi_kmnist"),
     ]
-    shown = [(row[0].split("main.py ")[1], row[4]) for row in results.rows(runs)]
+    rows = [list(row.values()) for row in results.rows(runs)]
+    shown = [(row[0].split("main.py ")[1], row[4]) for row in rows]
     assert shown == [
         ("--epoch=9`", "0.25 ± 0.005"),
         ("--multi_MNIST`", "5.2"),
@@ -143,8 +153,8 @@ def test_mnist_comes_first_then_overlapping_digits_and_each_has_its_papers_figur
 def test_the_table_is_made_from_the_files_in_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     (tmp_path / "a.json").write_text(json.dumps(result("main.py --train", 0, 50)))
-    argv = ["results.py"]
-    assert timing.run(argv, "Doc.", results.print_results, starts_tensorflow=False) == 0
+    script = ["results.py"], "Doc.", [], results.print_results
+    assert run_script(*script, starts_tensorflow=False) == 0
     assert capsys.readouterr().out == (
         "| command | seeds | wrong | test error, % | the paper, % | best replication, % | minutes "
         "of training | date |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n| `python "
@@ -152,7 +162,7 @@ def test_the_table_is_made_from_the_files_in_the_folder(tmp_path, monkeypatch, c
         "a machine, Python 3.11, TensorFlow 2.21\n"
     )
     (tmp_path / "a.json").unlink()
-    assert timing.run(argv, "Doc.", results.print_results, starts_tensorflow=False) == 1
+    assert run_script(*script, starts_tensorflow=False) == 1
     assert capsys.readouterr().err.startswith(f"results.py: no results in {tmp_path}")
 
 
@@ -206,7 +216,9 @@ def test_pytorch_is_compared_at_its_plainest_its_best_in_float32_and_its_best():
     }
     rivals = pytorch_baseline.rivals(milliseconds)
     assert list(rivals.values()) == [pytorch_baseline.PLAIN, compiled, half]
-    table = pytorch_baseline.rows(milliseconds, dict.fromkeys(milliseconds, 1000.4))
+    rows = pytorch_baseline.rows("a step", milliseconds, dict.fromkeys(milliseconds, 1000.4))
+    assert list(rows[0]) == ["a step", "ms", *rivals, "peak MB"]
+    table = [list(row.values()) for row in rows]
     assert table[0] == [pytorch_baseline.PLAIN, "600", "1.00", "0.50", "0.60", "1000"]
     assert table[3] == ["this tool, float32", "200", "3.00", "1.55", "1.50", "1000"]
 
@@ -221,14 +233,15 @@ def test_pytorch_is_compared_at_its_plainest_its_best_in_float32_and_its_best():
     ],
 )
 def test_what_a_machine_cannot_do_is_not_measured(bfloat16, compiler, absent):
-    options, precisions = pytorch_baseline.contestants(bfloat16, compiler)
+    contestants = pytorch_baseline.contestants(bfloat16, compiler)
     expected = [
         name
         for name in (*pytorch_baseline.PYTORCH, *pytorch_baseline.THIS_TOOL)
         if not any(word in name for word in absent)
     ]
-    assert [*options, *precisions] == expected
-    assert pytorch_baseline.PLAIN in options and "float32" in precisions.values()
+    assert list(contestants) == expected
+    assert contestants[pytorch_baseline.PLAIN] == (pytorch_baseline.pytorch, ())
+    assert contestants["this tool, float32"] == (pytorch_baseline.this_tool, "float32")
 
 
 @pytest.mark.parametrize("present, found", [("g++", "/bin/g++"), ("clang++", "/bin/clang++")])
@@ -265,10 +278,11 @@ def test_replicas_are_compared_with_one_in_units_of_each_arrays_largest_value():
     }
     # Two replicas send each gradient once: 3 float32.
     assert scaling_out.megabytes(single) == 12e-6
-    assert scaling_out.row(2, double, single) == [
+    assert list(scaling_out.row(2, double, single, 9).values()) == [
         2, "125", "0.80", "25", "20%", "0.0", "2.5e-01", "5.0e-01", "0.0e+00",
     ]  # fmt: skip
-    assert scaling_out.row(1, single, single)[1:5] == ["100", "1.00", "0", "0%"]
+    alone = list(scaling_out.row(1, single, single, 9).values())
+    assert alone[1:5] == ["100", "1.00", "0", "0%"]
 
 
 # --- Faults ---------------------------------------------------------------------------------------
@@ -320,7 +334,8 @@ def test_damaged_data_files_are_counted_and_a_wrong_array_is_a_loss(tmp_path, mo
 
 def test_the_faults_of_the_download_server_are_all_known_to_it():
     for fault in (*faults.HARMLESS, *faults.HARMFUL):
-        assert hasattr(faulty_server.Handler, f"answer_{fault}"), fault
+        known = fault in faulty_server.ANSWERS
+        assert known or hasattr(faulty_server.Handler, f"answer_{fault}"), fault
     assert not set(faults.HARMLESS) & set(faults.HARMFUL)
 
 
@@ -369,7 +384,7 @@ def test_the_exit_code_tells_whether_anything_was_lost(monkeypatch, capsys):
     tried = []
 
     def trial(name, lost):
-        def function(folder, dice, *arguments):
+        def function(folder, rng, **arguments):
             assert folder.is_dir()
             tried.append((name, arguments))
             return 3, lost
@@ -384,14 +399,13 @@ def test_the_exit_code_tells_whether_anything_was_lost(monkeypatch, capsys):
     assert faults.break_everything(flags) == 0
     assert "| mutated data files | 3 | 3 | 0 |" in capsys.readouterr().out
     assert tried[:3] == [
-        ("kills_in_training", (faults.SMALL_RUN, 10)),
-        ("kills_in_training", (faults.PAPER_RUN, 2)),
-        ("kills_in_saving", (4,)),
+        ("kills_in_training", {"flags": faults.SMALL_RUN, "kills": 10}),
+        ("kills_in_training", {"flags": faults.PAPER_RUN, "kills": 2}),
+        ("kills_in_saving", {"kills": 4}),
     ]
-    assert [parts[0] for name, parts in tried if name == "damaged_checkpoints"] == list(
-        faults.DAMAGES
-    )
-    assert tried[-2:] == [("bad_readings", (3,)), ("bad_command_lines", (3,))]
+    kinds = [parts["kind"] for name, parts in tried if name == "damaged_checkpoints"]
+    assert kinds == list(faults.DAMAGES)
+    assert tried[-2:] == [("bad_readings", {"tries": 3}), ("bad_command_lines", {"tries": 3})]
     monkeypatch.setattr(faults, "bad_readings", trial("bad_readings", 1))
     assert faults.break_everything(flags) == 1
     assert "| mutated data files | 3 | 2 | 1 |" in capsys.readouterr().out
@@ -402,13 +416,25 @@ def test_the_exit_code_tells_whether_anything_was_lost(monkeypatch, capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Let the benchmarks build a tiny network in place of the paper's."""
+    """Let the benchmarks build a tiny network in place of the paper's, and compile it without XLA.
+
+    Returns:
+        list of the argument `jit_compile` of each `tf.function`.
+    """
+    import tensorflow as tf
+
     import model
 
     sizes = {"n_conv": 4, "n_primary": 2, "primary_dim": 4, "digit_dim": 4, "decoder_units": (8,)}
-    network_config = config.NetworkConfig(**sizes)
     monkeypatch.setattr(model, "CapsNet", functools.partial(model.CapsNet, **sizes))
-    monkeypatch.setattr(timing.config, "NetworkConfig", lambda: network_config)
+    function, compiled = tf.function, []
+
+    def compile_plainly(*arguments, jit_compile=None, **more):
+        compiled.append(jit_compile)
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(tf, "function", compile_plainly)
+    return compiled
 
 
 def test_the_literal_layer_routes_as_the_fast_one():
@@ -423,15 +449,9 @@ def test_the_literal_layer_routes_as_the_fast_one():
     np.testing.assert_allclose(literal(u), expected, atol=1e-6)
 
 
-def test_every_call_that_is_timed_computes_what_its_name_says(tiny, monkeypatch):
-    import tensorflow as tf
-
-    compiled, function = [], tf.function
-    monkeypatch.setattr(
-        tf, "function", lambda *a, **k: compiled.append(k.get("jit_compile")) or function(*a, **k)
-    )
+def test_every_call_that_is_timed_computes_what_its_name_says(tiny):
     train, infer, alone = speed.make_calls(3)
-    assert compiled[-5:] == [True] * 5  # the stages: four layers and Adam
+    assert tiny[-5:] == [True] * 5  # the stages: four layers and Adam
     assert set(train) == set(infer) == {speed.LITERAL, speed.DIRECT, speed.DEFAULT}
     for name in train:
         margin, reconstruction, accuracy = train[name]()
@@ -594,55 +614,6 @@ def test_all_contestants_take_turns_and_what_is_missing_is_said(monkeypatch, cap
     assert lines.count("| this tool, float32 | 50 | 2.00 | 2.00 | 2.00 | 700 |") == 2
 
 
-@pytest.mark.parametrize("name", pytorch_baseline.PYTORCH)
-def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
-    torch = pytest.importorskip("torch")
-    import pytorch_capsnet
-    import tensorflow as tf
-
-    import model
-
-    options = pytorch_capsnet.Options(**dict.fromkeys(pytorch_baseline.PYTORCH[name], True))
-    if options.compiled and not pytorch_baseline.find_compiler():
-        pytest.skip("torch.compile needs a C++ compiler")
-    rng = np.random.default_rng(0)
-    digits = rng.integers(0, 256, (4, 1, 28, 28, 1)).astype(np.uint8)
-    classes, moves = np.array([[3], [0], [9], [3]]), np.zeros((4, 1, 2), np.int32)
-    network = model.CapsNet((28, 28, 1), 10)
-    # Capsules so long that it does not matter where squash has its epsilon.
-    network.primary.kernel.assign(5 * network.primary.kernel)
-    with tf.GradientTape() as tape:
-        outputs = network.outputs((tf.constant(digits), moves, tf.constant(classes), np.ones(4)))
-        loss = tf.reduce_mean(outputs.margin_loss + 0.0005 * outputs.reconstruction_loss)
-    kernel_gradient = tape.gradient(loss, network.conv1.kernel.value)
-
-    module = pytorch_capsnet.CapsNet(options)
-    with torch.no_grad():
-        for layer, other in (
-            (network.conv1, module.conv1),
-            (network.primary, module.primary),
-            *zip((*network.decoder.hidden, network.decoder.pixels), module.decoder[::2],
-                 strict=True),
-        ):  # fmt: skip
-            kernel = layer.kernel.numpy()
-            order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
-            other.weight.copy_(torch.tensor(kernel.transpose(order)))
-            other.bias.copy_(torch.tensor(layer.bias.numpy()))
-        # There the capsules of one type follow each other, here those of one position.
-        weights = network.digits.W.numpy().reshape(10, 36, 32, 8, 16).transpose(2, 1, 0, 4, 3)
-        module.W.copy_(torch.tensor(weights.reshape(1, 1152, 10, 16, 8)))
-    monkeypatch.setattr(pytorch_capsnet, "shift", lambda images: images)
-    images = torch.tensor(digits[:, 0].transpose(0, 3, 1, 2)).float() / 255
-    labels = torch.eye(10)[torch.tensor(classes[:, 0])]
-    train, infer = pytorch_capsnet.make_calls(module, images, labels)
-    exactness = 0.03 if options.bfloat16 else 1e-4
-    np.testing.assert_allclose(infer(), outputs.lengths, rtol=exactness, atol=exactness)
-    assert train() == pytest.approx(float(loss), rel=exactness)
-    gradient = module.conv1.weight.grad.numpy().transpose(2, 3, 1, 0)
-    scale = np.abs(kernel_gradient).max()
-    np.testing.assert_allclose(gradient, kernel_gradient, atol=2 * exactness * scale)
-
-
 # --- Kills ----------------------------------------------------------------------------------------
 
 
@@ -664,54 +635,69 @@ time.sleep(0 if number == 2 else 60)
 """
 
 
-def test_a_training_is_started_again_until_it_ends(tmp_path, monkeypatch):
+def test_a_run_that_is_killed_is_started_again_until_it_ends(tmp_path, monkeypatch):
     def start(folder, flags):
         words = [sys.executable, "-c", STAND_IN]
         return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(faults, "start", start)
-    kills = faults.train_with_kills(tmp_path / "a", [], random.Random(0), 0.05)
-    assert kills == 2 and (tmp_path / "a/starts").read_text() == "xxx"
+    kills, seconds = faults.train(tmp_path / "a", [], random.Random(0), 0.05)
+    assert (kills, (tmp_path / "a/starts").read_text()) == (2, "xxx") and 0 <= seconds < 60
 
 
 def test_all_kills_of_a_run_that_ends_differently_are_counted(tmp_path, monkeypatch):
-    ends = iter([("same", 1.0), ("same", 1.0)])
-    monkeypatch.setattr(faults, "train_undisturbed", lambda folder, flags: next(ends))
-    monkeypatch.setattr(faults, "train_with_kills", lambda folder, *_: folder.mkdir() or 2)
-    fingerprints = iter(["same", "other", "same"])
+    def train(folder, flags, rng=None, latest=0.0):
+        folder.mkdir()
+        assert latest == (8.0 if rng else 0.0)  # the time that the first run took
+        return (2, 1.0) if rng else (0, 8.0)
+
+    monkeypatch.setattr(faults, "train", train)
+    fingerprints = iter(["same", "same", "same", "other", "same"])
     monkeypatch.setattr(faults, "fingerprint", lambda folder: next(fingerprints))
     assert faults.kills_in_training(tmp_path, random.Random(0), [], 5) == (6, 2)
 
 
-def test_fingerprints_are_equal_for_equal_states_and_events_only(tmp_path):
-    for name, steps in ("a", 1), ("b", 1), ("c", 2):
-        trainer = faults.small_trainer(tmp_path / name)
-        trainer.fit(steps / 4, save_steps=1)
-    hashes = {
-        name: faults.hash_checkpoint(tmp_path / name / "checkpoint") for name in ("a", "b", "c")
-    }
-    events = {name: faults.hash_events(tmp_path / name / "logs/train") for name in hashes}
-    assert len(set(hashes.values())) == len(hashes)  # the networks have other first weights
-    assert events["a"] != events["c"]
-    shutil.copytree(tmp_path / "a", tmp_path / "d")
-    assert faults.hash_checkpoint(tmp_path / "d/checkpoint") == hashes["a"]
-    assert faults.hash_events(tmp_path / "d/logs/train") == events["a"]
+@pytest.fixture(scope="module")
+def few_digits():
+    return timing.load_digits(32)
 
 
-def test_a_checkpoint_older_than_the_last_save_is_a_loss(tmp_path, monkeypatch):
+@pytest.fixture
+def quick_digits(monkeypatch, few_digits):
+    """The digits of `faults.small_trainer`, read once."""
+    monkeypatch.setattr(timing, "load_digits", lambda count: few_digits)
+
+
+def test_fingerprints_are_equal_for_equal_states_and_events_only(tmp_path, quick_digits):
+    trainers = {name: faults.small_trainer(tmp_path / name) for name in ("a", "b")}
+    hashes, events = {}, {}
+    for name, trainer in trainers.items():
+        trainer.fit(1 / 4, save_steps=1)
+        hashes[name] = faults.hash_checkpoint(tmp_path / name / "checkpoint")
+        events[name] = faults.hash_events(tmp_path / name / "logs")
+    assert hashes["a"] != hashes["b"]  # the networks have other first weights
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert faults.hash_checkpoint(tmp_path / "copy/checkpoint") == hashes["a"]
+    assert faults.hash_events(tmp_path / "copy/logs") == events["a"]
+    trainers["a"].fit(2 / 4, save_steps=1)
+    assert faults.hash_checkpoint(tmp_path / "a/checkpoint") != hashes["a"]
+    assert faults.hash_events(tmp_path / "a/logs") != events["a"]
+
+
+def test_a_checkpoint_older_than_the_last_save_is_a_loss(tmp_path, monkeypatch, quick_digits):
     """The stand-in for the killed process saves step 3 and says what the real one would."""
+    trainer = faults.small_trainer(tmp_path / "small")
 
     def checkpoints_of(folder):
-        trainer = faults.small_trainer(folder.parent / "small")
-        state = trainer.state
+        state = dataclasses.replace(trainer.state)
         return Checkpoints(folder, trainer.network, trainer.optimizer, len(state.sums)), state
 
     def save(said, sums):
-        def kill_while_saving(folder, dice):
+        def kill_while_saving(folder, rng):
             checkpoints, state = checkpoints_of(folder)
             state.step, state.sums = 3, np.full_like(state.sums, sums)
             checkpoints.save(state, {"step": 3})
-            return said, 0.1
+            return said
 
         return kill_while_saving
 
@@ -723,13 +709,14 @@ def test_a_checkpoint_older_than_the_last_save_is_a_loss(tmp_path, monkeypatch):
         assert faults.kills_in_saving(folder, random.Random(0), 2) == (2, lost)
 
 
-@pytest.mark.parametrize("kind", faults.DAMAGES)
-def test_a_training_resumes_from_a_damaged_checkpoint(kind, tmp_path):
-    assert faults.damaged_checkpoints(tmp_path, random.Random(1), kind, tries=1) == (1, 0)
+def test_a_run_that_resumes_from_a_damaged_checkpoint_is_no_loss(tmp_path, quick_digits):
+    assert faults.damaged_checkpoints(tmp_path, random.Random(1), "truncated", tries=1) == (1, 0)
 
 
-def test_a_training_that_is_not_resumed_from_an_intact_checkpoint_is_a_loss(tmp_path, monkeypatch):
-    def destroy(path, kind, dice):
+def test_a_run_that_is_not_resumed_from_an_intact_checkpoint_is_a_loss(
+    tmp_path, monkeypatch, quick_digits
+):
+    def destroy(path, kind, rng):
         for file in path.parent.glob("ckpt-*"):
             file.write_bytes(b"")
 
@@ -740,7 +727,7 @@ def test_a_training_that_is_not_resumed_from_an_intact_checkpoint_is_a_loss(tmp_
 def test_the_data_file_that_is_mutated_is_a_valid_one(tmp_path, monkeypatch):
     files = []
 
-    def keep(content, dice):
+    def keep(content, rng):
         files.append(bytes(content))
         return bytearray(content)
 

@@ -1,10 +1,18 @@
+import errno
 import re
+from pathlib import Path
 
 import pytest
+import tensorflow as tf
 from absl import flags
 
+import main
+from capsnet import errors
+from capsnet.errors import Interrupted, UsageError
 from runtime import command_line
+from runtime.command_line import Flag
 
+DOWNLOAD = Path(__file__).parent.parent / "download.py"
 NAMES = ["train", "test", "epoch", "learning_rate", "multi_MNIST", "multi_shift", "dataset"]
 
 
@@ -65,10 +73,9 @@ def test_the_nearest_flag_is_the_one_that_was_meant(word, name):
 
 def parse(*words):
     values = flags.FlagValues()
-    serializer = flags.ArgumentSerializer()
     for name, kind in (("epoch", int), ("rate", float)):
-        parser = command_line.NumberParser(kind)
-        flags.DEFINE(parser, name, kind(1), "", flag_values=values, serializer=serializer)
+        parser = command_line.Parser(command_line.number(kind, 1, 10))
+        flags.DEFINE(parser, name, kind(1), "", flag_values=values)
     flags.DEFINE_boolean("train", False, "", flag_values=values)
     flags.DEFINE_enum("conv", "dft", ["auto", "dft", "direct"], "", flag_values=values)
     values(["x", *words])
@@ -78,10 +85,10 @@ def parse(*words):
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["--epoch=ten"], "--epoch=ten: expected a whole number"),
-        (["--epoch=1.5"], "--epoch=1.5: expected a whole number"),
-        (["--epoch="], "--epoch=: expected a whole number"),
-        (["--rate=a: b\n"], "--rate=a: b : expected a number"),
+        (["--epoch=ten"], "--epoch=ten: expected a whole number from 1 to 10"),
+        (["--epoch=1.5"], "--epoch=1.5: expected a whole number from 1 to 10"),
+        (["--epoch="], "--epoch=: expected a whole number from 1 to 10"),
+        (["--rate=a: b\n"], "--rate=a: b : expected a number from 1 to 10"),
         (["--train=maybe"], "--train=maybe: expected True or False"),
         (["--conv=fft"], "--conv=fft: expected auto, dft or direct"),
         (["--epoch"], "--epoch has no value, expected --epoch=VALUE"),
@@ -102,12 +109,106 @@ def test_what_is_wrong_with_a_command_line_is_said_in_one_line(words, problem):
     )
 
 
-def test_numbers_are_parsed_and_written_as_absl_does():
-    values = parse("--epoch=0x10", "--rate", "1e-3")
-    assert (values.epoch, values.rate) == (16, 0.001)
-    assert values["rate"].serialize() == "--rate=0.001" and values["epoch"].flag_type() == "int"
+SCRIPT = [
+    Flag("epoch", 1, command_line.number(int, 1, 10**6), ""),
+    Flag("learning_rate", 0.1, command_line.number(float, 1e-9, 10), ""),
+]
+
+
+@pytest.mark.parametrize("parse", [main.parse, lambda argv: command_line.parse(argv, SCRIPT)])
+def test_the_program_and_the_scripts_read_numbers_alike(parse):
+    values = parse(["x.py", "--epoch", "16", "--learning_rate=1e-3"])
+    assert (values.epoch, values.learning_rate) == (16, 0.001)
+    for word in (
+        *("--epoch=0x10", "--epoch=1_0", "--epoch=1.0", "--epoch=+1", "--epoch= 1", "--epoch=１"),
+        *("--epoch=0", "--epoch=-1", "--epoch=nan", "--epoch=", "--epoch=1000001"),
+        *("--learning_rate=1_0", "--learning_rate=nan", "--learning_rate=inf", "--learning_rate=x"),
+        *("--learning_rate=0", "--learning_rate=0x1", "--learning_rate=１"),
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(word)}: expected a (whole )?number "):
+            parse(["x.py", word])
+
+
+@pytest.mark.parametrize("parse", [main.parse, lambda argv: command_line.parse(argv, SCRIPT)])
+def test_a_flag_is_given_once(parse):
+    with pytest.raises(UsageError, match="--epoch is given 2 times, expected once"):
+        parse(["x.py", "--epoch=1", "--epoch=1"])
 
 
 def test_a_question_is_not_followed_by_more():
     assert command_line.see_help("did you mean --train?") == ""
     assert command_line.see_help(ValueError("wrong")) == "; see --help"
+
+
+# --- Scripts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (errors.UserError("bad luck"), 1, "x.py: bad luck"),
+        (errors.FolderInUse("f"), 1, "x.py: another run is training in f; wait for it"),
+        (errors.NoCheckpoint("f"), 1, "x.py: no checkpoint in f; train first"),
+        (errors.DataFileError("f", "gone"), 1, "x.py: f: gone; put a good copy in its place"),
+        (
+            errors.DataFileError("data/mnist/f", "gone", "mnist"),
+            1,
+            f"x.py: data/mnist/f: gone; run: python {DOWNLOAD} mnist\n",
+        ),
+        (OSError(errno.EACCES, "denied", "f"), 1, "x.py: f: denied; choose another folder"),
+        (MemoryError(), 1, "x.py: out of memory; "),
+        (tf.errors.InternalError(None, None, "no\nluck"), 1, "x.py: no luck; "),
+        (Interrupted(15), 143, "Stopped, and saved. To resume: the same command again."),
+        (Interrupted(2), 130, "Stopped, and saved. To resume: the same command again."),
+        (KeyboardInterrupt(), 130, "Stopped."),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(error, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where a download of the program goes to ./data
+
+    def fail(flags):
+        raise error
+
+    advice = {errors.NoCheckpoint: "train first"}
+    assert command_line.run_script(["a/x.py"], "Doc.", [], fail, advice) == code
+    line = capsys.readouterr().err
+    assert line.startswith(said) and line.count("\n") == 1
+
+
+def test_a_fault_of_the_program_is_not_hidden():
+    def fail(flags):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        command_line.run_script(["x.py"], "Doc.", [], fail)
+
+
+@pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (1, 1)])
+def test_the_exit_code_is_what_the_function_returns(result, code):
+    values = []
+    definitions = [Flag("n", 3, command_line.number(int, 1, 9), "a number")]
+
+    def work(flags):
+        values.append(flags.n)
+        return result
+
+    assert command_line.run_script(["x.py", "--n=4"], "Doc.", definitions, work) == code
+    assert values == [4]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_the_docstring_and_every_flag_with_its_default(word, capsys):
+    def fail(flags):
+        raise AssertionError
+
+    definitions = [
+        Flag("n", 3, command_line.number(int, 1, 9), "how many"),
+        Flag("place", None, command_line.path_name, "where to"),
+    ]
+    assert command_line.run_script(["x.py", "--n=0", word], "What it does.", definitions, fail) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["What it does.", ""]
+    assert [line.split() for line in lines[2:]] == [
+        ["--n=3", "how", "many"],
+        ["--place", "where", "to"],
+    ]

@@ -15,7 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from faulty_server import FLOOD_BYTES, GOOD, LABELS, WRONG, serving
+from benchmark_lib.faulty_server import FLOOD_BYTES, GOOD, LABELS, WRONG, serving
 
 import download
 from download import DownloadError, File

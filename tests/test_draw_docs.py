@@ -120,6 +120,8 @@ def network():
 def test_the_animation_and_the_overview_show_the_dimensions_under_their_names(
     network, mnist, saved, monkeypatch
 ):
+    monkeypatch.setattr(draw_docs, "TRIED", 2)
+    monkeypatch.setattr(draw_docs, "MEASURED", 30)
     monkeypatch.setattr(draw_docs, "draw_sweep", lambda *args: args)
     monkeypatch.setattr(tweaks, "draw_tweak_overview", lambda *args: args)
     draw_docs.draw_capsules(network, mnist, Path("pictures"))

@@ -7,77 +7,56 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import ops
-from capsnet import config
 from model import CapsNet
 
 torch = pytest.importorskip("torch")
 
-import pytorch_capsnet  # noqa: E402 - needs torch
-from pytorch_capsnet import Options, make_calls, shift  # noqa: E402
-
-OPTIONS = [
-    Options(),
-    Options(channels_last=True),
-    Options(einsum=True),
-    Options(channels_last=True, einsum=True),
-    Options(channels_last=True, einsum=True, bfloat16=True),
-]
+import pytorch_baseline  # noqa: E402 - needs torch
+from benchmark_lib import pytorch_capsnet  # noqa: E402
+from benchmark_lib.pytorch_capsnet import Options, make_calls, shift  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def network():
-    tf.keras.utils.set_random_seed(0)
-    network = CapsNet((28, 28, 1), 10, conv="direct")
-    stream = np.random.default_rng(0)
-    for bias in (network.conv1.bias, network.primary.bias):
-        bias.assign(0.1 * stream.standard_normal(bias.shape))
-    return network
+@pytest.mark.parametrize("name", pytorch_baseline.PYTORCH)
+def test_pytorch_computes_what_this_tool_does(name, monkeypatch):
+    options = Options(**dict.fromkeys(pytorch_baseline.PYTORCH[name], True))
+    if options.compiled and not pytorch_baseline.find_compiler():
+        pytest.skip("torch.compile needs a C++ compiler")
+    rng = np.random.default_rng(0)
+    digits = rng.integers(0, 256, (4, 1, 28, 28, 1)).astype(np.uint8)
+    classes, moves = np.array([[3], [0], [9], [3]]), np.zeros((4, 1, 2), np.int32)
+    network = CapsNet((28, 28, 1), 10)
+    # Capsules so long that it does not matter where squash has its epsilon.
+    network.primary.kernel.assign(5 * network.primary.kernel)
+    with tf.GradientTape() as tape:
+        outputs = network.outputs((tf.constant(digits), moves, tf.constant(classes), np.ones(4)))
+        loss = tf.reduce_mean(outputs.margin_loss + 0.0005 * outputs.reconstruction_loss)
+    kernel_gradient = tape.gradient(loss, network.conv1.kernel.value)
 
-
-def copy_weights(network, copy):
-    """Give the network in PyTorch the weights of this tool's network."""
-    values = {variable.path: variable.numpy() for variable in network.variables}
-    # Capsule i is position · 32 + type here, type · 36 + position there.
-    order = np.arange(1152).reshape(36, 32).T.ravel()
-    weights = np.transpose(values["digit_capsules/W"][:, order], (1, 0, 3, 2))[None]
-    pairs = {copy.W: weights}
-    for layer, name in (copy.conv1, "conv1"), (copy.primary, "primary_capsules"):
-        pairs[layer.weight] = np.transpose(values[f"{name}/kernel"], (3, 2, 0, 1))
-        pairs[layer.bias] = values[f"{name}/bias"]
-    for layer, name in zip(copy.decoder[::2], ("hidden_1", "hidden_2", "pixels"), strict=True):
-        pairs[layer.weight] = values[f"decoder/{name}/kernel"].T
-        pairs[layer.bias] = values[f"decoder/{name}/bias"]
+    module = pytorch_capsnet.CapsNet(options)
     with torch.no_grad():
-        for parameter, value in pairs.items():
-            parameter.copy_(torch.tensor(np.ascontiguousarray(value)))
-    assert {id(parameter) for parameter in copy.parameters()} == {id(each) for each in pairs}
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_with_all_options_it_computes_the_lengths_and_the_loss_of_this_tool(network, options):
-    stream = np.random.default_rng(1)
-    images = stream.integers(0, 256, (4, 28, 28, 1), np.uint8)
-    labels = np.array([3, 1, 4, 1])
-    copy = pytorch_capsnet.CapsNet(options)
-    copy_weights(network, copy)
-    inputs = torch.tensor(images.transpose(0, 3, 1, 2)).float() / 255
-    _, infer = make_calls(copy, inputs, torch.eye(10)[labels])
-    tolerance = 0.02 if options.bfloat16 else 1e-4
-    x = images / np.float32(255)
-    lengths, capsules = network(x)
-    np.testing.assert_allclose(infer(), lengths, atol=tolerance)
-    mask = ops.label_mask(labels[:, None], 10)
-    targets = tf.one_hot(labels, 10)
-    reconstructions = network.decoder(capsules, mask)
-    loss = tf.reduce_mean(
-        ops.margin_loss(lengths, targets)
-    ) + config.TrainingConfig().reconstruction_weight * (
-        tf.reduce_mean(ops.reconstruction_loss(x[:, None], reconstructions))
-    )
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
-        there = copy.loss(inputs, torch.eye(10)[labels])
-    assert there.item() == pytest.approx(loss.numpy(), rel=tolerance)
+        for layer, other in (
+            (network.conv1, module.conv1),
+            (network.primary, module.primary),
+            *zip((*network.decoder.hidden, network.decoder.pixels), module.decoder[::2],
+                 strict=True),
+        ):  # fmt: skip
+            kernel = layer.kernel.numpy()
+            order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
+            other.weight.copy_(torch.tensor(kernel.transpose(order)))
+            other.bias.copy_(torch.tensor(layer.bias.numpy()))
+        # There the capsules of one type follow each other, here those of one position.
+        weights = network.digits.W.numpy().reshape(10, 36, 32, 8, 16).transpose(2, 1, 0, 4, 3)
+        module.W.copy_(torch.tensor(weights.reshape(1, 1152, 10, 16, 8)))
+    monkeypatch.setattr(pytorch_capsnet, "shift", lambda images: images)
+    images = torch.tensor(digits[:, 0].transpose(0, 3, 1, 2)).float() / 255
+    labels = torch.eye(10)[torch.tensor(classes[:, 0])]
+    train, infer = make_calls(module, images, labels)
+    exactness = 0.03 if options.bfloat16 else 1e-4
+    np.testing.assert_allclose(infer(), outputs.lengths, rtol=exactness, atol=exactness)
+    assert train() == pytest.approx(float(loss), rel=exactness)
+    gradient = module.conv1.weight.grad.numpy().transpose(2, 3, 1, 0)
+    scale = np.abs(kernel_gradient).max()
+    np.testing.assert_allclose(gradient, kernel_gradient, atol=2 * exactness * scale)
 
 
 def test_a_step_lowers_the_loss_and_shifts_move_whole_images():

@@ -3,17 +3,7 @@
 import contextlib
 import signal
 
-
-class Interrupted(Exception):
-    """A signal asked the training run to stop, and its state is saved.
-
-    Attributes:
-        number: number of the signal.
-    """
-
-    def __init__(self, number):
-        super().__init__(f"stopped by signal {number}")
-        self.number = number
+from capsnet.errors import Interrupted
 
 
 class StopSignal:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+import model
 import utils
 from capsnet import errors
 from capsnet.config import SAVE_STEPS
@@ -21,6 +22,7 @@ from training.events import read_scalars
 from training.folders import Folders
 from training.trainer import Run, Trainer
 
+CLASSES = 10
 CHECKS = 2  # times in an epoch that the accuracy is checked
 TOLERANCE = 1e-9  # 99.23 / 100 is a little more than 9923 / 10000
 # Errors of a training run against which its folder can be removed.
@@ -42,11 +44,27 @@ class Goal(NamedTuple):
 
 
 def reaches(accuracy, goal):
-    """Tell whether an accuracy is as high as a goal, both in [0, 1]."""
+    """Return whether an accuracy is as high as a goal, both in [0, 1]."""
     return accuracy > goal - TOLERANCE
 
 
-def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=None):
+def make_network(image_shape, architecture=None, **settings):
+    """Create a CNN of an architecture, or else a CapsNet, for MNIST's classes.
+
+    Args:
+        image_shape: (H, W, C).
+        architecture: see `capsnet.networks.CNNConfig`; None for a CapsNet.
+        **settings: other settings of the network.
+    """
+    conv = machine.fastest_conv()
+    if architecture:
+        return model.CNN(image_shape, CLASSES, architecture, conv=conv, **settings)
+    return model.CapsNet(image_shape, CLASSES, conv=conv, **settings)
+
+
+def run(
+    folder, make, train_data, test_data, training, epochs, plan=None, goal=None, more_tests=None
+):
     """Train a network and test it, unless both were done before.
 
     Args:
@@ -59,9 +77,10 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
         epochs: to train for, in total.
         plan: Plan of the test, None for that of `Examples.evaluation_plan`.
         goal: Goal, or None.
+        more_tests: function of the Evaluator that returns more entries of the result.
 
     Returns:
-        A dict of the result with all that it depends on, and the folder. There are checkpoint/ (the
+        A dict of the result with all that it depends on. In the folder are checkpoint/ (the
         weights), logs/ and result.json (that dict).
 
     Raises:
@@ -69,8 +88,9 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     """
     keras.utils.set_random_seed(training.seed)
     network = make()
+    evaluator = Evaluator(network, jit=True)
     settings = {
-        "network": network.architecture,
+        "network": network.config.describe(),
         "training": training._asdict(),
         "epochs": None if goal else epochs,
         "until": [goal.accuracy, CHECKS] if goal else None,
@@ -83,20 +103,22 @@ def run(folder, make, train_data, test_data, training, epochs, plan=None, goal=N
     if result.exists():
         outcome = json.loads(result.read_text())
         if is_final(outcome, epochs, goal):
-            return outcome, folder
+            return outcome
     try:
-        progress = train(network, train_data, training, folder, settings["data"], epochs, goal)
+        progress = train(
+            network, evaluator, train_data, training, folder, settings["data"], epochs, goal
+        )
         load_weights(network, folder / "checkpoint", print)
     except CURED_BY_REMOVAL as error:
         raise errors.UserError(
             f"{error}; delete {folder} and give the same command again to start over"
         ) from error
-    outcome = settings | progress | measure_accuracy(network, test_data, plan)
+    outcome = settings | progress | measure_accuracy(evaluator, test_data, plan)
     outcome["training_seconds"] = read_scalars(folder / "logs" / "train")[1]
     outcome["parameters"] = count_trained(network, training)
-    outcome |= machine.provenance()
+    outcome |= (more_tests(evaluator) if more_tests else {}) | machine.provenance()
     utils.write_json(result, outcome)
-    return outcome, folder
+    return outcome
 
 
 def digest_data(train_data, test_data, plan):
@@ -112,13 +134,13 @@ def digest_data(train_data, test_data, plan):
 
 
 def is_final(outcome, epochs, goal):
-    """Tell whether a result stays as it is: a goal that was missed may now have more epochs."""
+    """Return whether a result stays as it is: a goal that was missed may now have more epochs."""
     if goal is None or reaches(outcome["held_out_accuracy"], goal.accuracy):
         return True
     return outcome["trained_epochs"] >= epochs
 
 
-def train(network, data, training, folder, fingerprint, epochs, goal):
+def train(network, evaluator, data, training, folder, fingerprint, epochs, goal):
     """Train a network, or resume; see `run`.
 
     Returns:
@@ -131,7 +153,6 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
         if goal is None:
             trainer.fit(epochs, SAVE_STEPS)
             return {"trained_epochs": epochs, "held_out_accuracy": None}
-        evaluator = Evaluator(network, jit=True)
         for check in range(1, CHECKS * epochs + 1):
             trained = check / CHECKS
             trainer.fit(trained, SAVE_STEPS)
@@ -149,10 +170,10 @@ def train(network, data, training, folder, fingerprint, epochs, goal):
     return {"trained_epochs": trained, "held_out_accuracy": reached}
 
 
-def measure_accuracy(network, data, plan):
-    """Return the accuracy of a network on a plan of the test data, by default on all of them."""
+def measure_accuracy(evaluator, data, plan):
+    """Return the accuracy on a plan of the test data, by default on all of them."""
     plan = data.evaluation_plan() if plan is None else plan
-    correct = Evaluator(network, jit=True).evaluate(data, plan).correct
+    correct = evaluator.evaluate(data, plan).correct
     wrong = int((~correct).sum())
     return {
         "accuracy": float(correct.mean()),

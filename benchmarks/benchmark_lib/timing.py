@@ -2,20 +2,16 @@
 
 import concurrent.futures
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-
-from command_line import MOST, Flag, number, run_script
-
 import utils
 from capsnet import config
 from inputs import datasets
 from runtime import machine, startup
+from runtime.command_line import MOST, Flag, number
 
 ROOT = utils.ROOT
 # Multiply-adds ×2 of the network at batch 64, direct convolutions: three times the forward pass
@@ -33,21 +29,12 @@ FLAGS = {
 }
 
 
-def run(argv, doc, function, starts_tensorflow=True, **defaults):
-    """Run a benchmark from the command line and return the exit code.
-
-    Args:
-        argv: the command line.
-        doc: docstring of the script.
-        function: takes the values of the flags.
-        starts_tensorflow: whether the function needs TensorFlow.
-        **defaults: of its flags, which are keys of FLAGS.
-    """
-    definitions = [
+def counts(**defaults):
+    """Return flags that are counts; their names are keys of FLAGS."""
+    return [
         Flag(name, default, number(int, 0 if name == "seed" else 1, MOST), FLAGS[name])
         for name, default in defaults.items()
     ]
-    return run_script(argv, doc, definitions, function, starts_tensorflow=starts_tensorflow)
 
 
 def conditions():
@@ -64,9 +51,15 @@ def conditions():
     )
 
 
-def print_table(header, rows):
-    """Print a Markdown table and an empty line."""
-    print("\n".join(utils.markdown_table(header, rows)) + "\n", flush=True)
+def print_table(rows, header=None):
+    """Print a Markdown table and an empty line.
+
+    Args:
+        rows: list of dict of heading to cell, or of lists of cells.
+        header: list of headings, for rows that are lists.
+    """
+    cells = rows if header else [row.values() for row in rows]
+    print("\n".join(utils.markdown_table(header or rows[0], cells)) + "\n", flush=True)
 
 
 def milliseconds(function, repeats):
@@ -88,12 +81,7 @@ def peak_megabytes():
 
 
 def new_process(initializer=startup.start_tensorflow, arguments=()):
-    """Return an executor of one new process, which shares nothing with this one.
-
-    Args:
-        initializer: function that the process calls first.
-        arguments: arguments of the initializer.
-    """
+    """Return an executor of one new process, which calls the initializer first."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, context, initializer, arguments)
 
@@ -142,14 +130,7 @@ def make_trainer(
 ):
     """Create a Trainer of the paper's network. Nothing is written while only steps are run.
 
-    Args:
-        data: Examples.
-        batch_size: images in a step.
-        conv: method of `ops.Convolution`.
-        jit: whether XLA compiles the step.
-        strategy: tf.distribute.Strategy, or None.
-        digits_layer: class of layer in place of `ops.DigitCapsules`, or None.
-        precision: policy of Keras.
+    `digits_layer` is a class of layer that takes the place of `ops.DigitCapsules`.
     """
     import tensorflow as tf
 
@@ -161,7 +142,7 @@ def make_trainer(
         network = CapsNet(data.canvas_shape(), CLASSES, conv=conv, dtype=precision)
     if digits_layer:
         primary = network.conv1.compute_output_shape((None, *data.canvas_shape()))
-        network.digits = digits_layer(CLASSES, config.NetworkConfig().digit_dim)
+        network.digits = digits_layer(CLASSES, network.config.digit_dim)
         network.digits.build(network.primary.compute_output_shape(primary))
     training = config.TrainingConfig(batch_size=batch_size)
     run = Run(Folders(*[Path("unused")] * 3))
@@ -177,13 +158,7 @@ def first_batch(trainer):
 
 
 def make_inference(network, batch, jit=True):
-    """Return a call that computes the lengths of a batch's digit capsules.
-
-    Args:
-        network: CapsNet.
-        batch: batch from `pipeline.batches`.
-        jit: whether XLA compiles it.
-    """
+    """Return a call that computes the lengths of the digit capsules of a batch."""
     import tensorflow as tf
 
     import ops
@@ -193,9 +168,11 @@ def make_inference(network, batch, jit=True):
     def compile_part(function):
         return tf.function(function, jit_compile=jit, autograph=False)
 
+    inference = network.inference(compile_part)
+
     @tf.function(autograph=False)
     def lengths(images, spectra):
-        return ops.length(network.capsules(images, spectra, compile_part))
+        return ops.length(inference.capsules(images, spectra))
 
-    spectra = network.spectra()
+    spectra = inference.prepare()
     return lambda: lengths(images, spectra).numpy()

@@ -1,0 +1,6 @@
+"""What the benchmarks share. Importing it makes the modules of the program importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
