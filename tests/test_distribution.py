@@ -361,7 +361,7 @@ class Workers:
             assert all(process.poll() is None for process in self.processes), self.results()
             time.sleep(0.05)
 
-    def results(self, timeout=120):
+    def results(self, timeout=300):
         """Exit codes, output and errors of all workers."""
         try:
             texts = [process.communicate(timeout=timeout) for process in self.processes]

@@ -39,7 +39,7 @@ class Checkpoints:
 
     Args:
         folder: folder of the checkpoints.
-        network: see `training.trainer`.
+        network: `training.network.Network`.
         optimizer: Keras optimizer, built.
         n_sums: number of sums in a RunState.
         keep: how many checkpoints to keep.
@@ -335,10 +335,10 @@ def newest_metadata(folder):
 def load_weights(network, folder, report):
     """Restore the weights of the newest intact checkpoint of a folder.
 
-    If the training kept averages of the weights, the network gets these.
+    If the training run kept averages of the weights, the network gets these.
 
     Args:
-        network: see `training.trainer`.
+        network: `training.network.Network`.
         folder: folder of the checkpoints.
         report: takes a line of text for the user.
 

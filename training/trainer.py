@@ -53,7 +53,7 @@ class Trainer:
     """Trains a network and keeps its checkpoints and events; see `fit`.
 
     Args:
-        network: see `training.network`.
+        network: `training.network.Network`.
         data: Examples to train on.
         config: TrainingConfig.
         run: Run.
