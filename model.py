@@ -113,7 +113,9 @@ class CapsNet(Network):
 
     def capsules(self, images):
         """Compute the digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
-        return self.digits(self.primary(self.conv1(images)))
+        primary = self.primary  # in steps: as a call, Keras would round its input to bfloat16
+        products = primary.multiply(primary.prepare(self.conv1(images)))
+        return self.digits(primary.finish(products))
 
     def call(self, images):
         """Compute lengths (B, J) and capsules (B, J, D) of images.
