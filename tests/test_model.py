@@ -24,7 +24,7 @@ import ops
 from capsnet.cnn import CNN
 from capsnet.convolution import Direct, Patches, Spectral
 from capsnet.errors import ImageTooSmall
-from capsnet.networks import CapsNetConfig, CNNConfig, config_from
+from capsnet.networks import CapsNetConfig, CNNConfig
 from model import CapsNet
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"
@@ -371,7 +371,9 @@ def test_an_exported_network_serves_lengths_capsules_and_the_k_longest_reconstru
     for place, classes in enumerate(np.argsort(-lengths.numpy(), axis=1)[:, :k].T):
         expected = decoded(network.decoder, capsules, classes)
         assert_close(served["reconstructions"][:, place], expected)
-    assert np.array_equal(network.serve(images)["reconstructions"][:, 0], network.reconstruct(images))
+    assert np.array_equal(
+        network.serve(images)["reconstructions"][:, 0], network.reconstruct(images)
+    )
 
 
 # --- Moving one dimension of a capsule -----------------------------------------------------------
