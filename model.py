@@ -113,7 +113,9 @@ class CapsNet(Network):
 
     def capsules(self, images):
         """Compute the digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
-        return self.digits(self.primary(self.conv1(images)))
+        primary = self.primary  # in steps: as a call, Keras would round its input to bfloat16
+        products = primary.multiply(primary.prepare(self.conv1(images)))
+        return self.digits(primary.finish(products))
 
     def call(self, images):
         """Compute lengths (B, J) and capsules (B, J, D) of images.
@@ -155,14 +157,14 @@ class CapsNet(Network):
             (B, H, W, C).
 
         Raises:
-            ValueError: both or none of `images` and `capsules` are given, or a shape, a type or a
-                class is wrong.
+            ValueError: both or none of `images` and `capsules` are given, or a shape or a class is
+                wrong, or images are no floats from 0 to 1.
         """
         if (images is None) == (capsules is None):
             raise ValueError("give either images or capsules")
         if capsules is None:
             _, capsules = self(images)
-        capsules = tf.convert_to_tensor(capsules)
+        capsules = tf.cast(capsules, tf.float32)
         n_classes, dim = self.config.n_classes, self.config.digit_dim
         if tuple(capsules.shape[1:]) != (n_classes, dim):
             raise ValueError(

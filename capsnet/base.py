@@ -1,6 +1,7 @@
 """What the Keras models of all networks share: a config, first weights, checks of images."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from capsnet.config import INITIALIZATION, INITIALIZATIONS
@@ -17,6 +18,10 @@ class Network(keras.Model):
             "authors", truncated normals with biases of 0.1 as in the authors' public code. W_ij of
             a CapsNet is a truncated normal in both.
         name, trainable, dtype: of a Keras model.
+
+    Raises:
+        TypeError: a setting is unknown.
+        ValueError: the value of a setting is none that it may have.
 
     Attributes:
         config: see `capsnet.networks`.
@@ -35,6 +40,11 @@ class Network(keras.Model):
         **named_settings,
     ):
         super().__init__(name=name, trainable=trainable, dtype=dtype)
+        if initialization not in INITIALIZATIONS:
+            raise ValueError(
+                f"initialization must be one of {tuple(INITIALIZATIONS)}. Received: "
+                f"initialization={initialization!r}"
+            )
         self.config = self.config_class(*settings, **named_settings)
         self.conv, self.initialization = conv, initialization
         self.make_layers(self.config, INITIALIZATIONS[initialization])
@@ -64,21 +74,28 @@ class Network(keras.Model):
     def check_images(self, images):
         """Raise ValueError unless images are floats (B, H, W, C) and, if known, at most 1."""
         expected = tuple(self.config.image_shape)
-        if tuple(images.shape[1:]) != expected:
+        shape = tf.TensorShape(images.shape)
+        if shape.rank != 4 or tuple(shape[1:]) != expected:
             raise ValueError(
                 f"images must have the shape (B, {', '.join(map(str, expected))}). Received: "
-                f"images.shape={tuple(images.shape)}"
+                f"images.shape={shape}"
             )
         dtype = tf.as_dtype(images.dtype)
         if not dtype.is_floating:
             raise ValueError(
                 f"images must be floats from 0 to 1: divide bytes by 255. Received: {dtype.name}"
             )
-        if tf.executing_eagerly() and len(images) and tf.reduce_max(images) > 1:
+        if tf.executing_eagerly() and len(images) and (largest := float(np.max(images))) > 1:
             raise ValueError(
                 "images must be from 0 to 1: divide bytes by 255. Received: a largest value of "
-                f"{float(tf.reduce_max(images)):g}"
+                f"{largest:g}"
             )
+
+    def predict(self, x, *arguments, **named):
+        """Predict as Keras does, but check an array first: compiled code sees no values."""
+        if isinstance(x, np.ndarray) or tf.is_tensor(x):
+            self.check_images(x)
+        return super().predict(x, *arguments, **named)
 
     def padding(self, digits):
         """Return the pixels of canvas on each side of digits (B, K, h, w, C)."""

@@ -26,7 +26,11 @@ def setting(default, bounds, text):
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """What all networks have: the images and classes that they are for."""
+    """What all networks have: the images and classes that they are for.
+
+    Raises:
+        ValueError: a setting is out of its bounds, or none of its choices.
+    """
 
     network: ClassVar[str]  # its name on the command line and in files
     score: ClassVar[str]  # what classes are ranked by
@@ -38,13 +42,18 @@ class NetworkConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # as JSON has it
+            if not isinstance(value, (int, float, str)):  # a list from JSON, a shape of an array
                 object.__setattr__(self, field.name, tuple(value))
-            bounds = field.metadata.get("bounds")
-            if isinstance(field.default, str) and value not in bounds:
+            bounds, text = field.metadata.get("bounds"), isinstance(field.default, str)
+            if bounds and not (value in bounds if text else bounds[0] <= value <= bounds[1]):
+                expected = f"one of {bounds}" if text else f"from {bounds[0]} to {bounds[1]}"
                 raise ValueError(
-                    f"{field.name} must be one of {bounds}. Received: {field.name}={value!r}"
+                    f"{field.name} must be {expected}. Received: {field.name}={value!r}"
                 )
+        if len(self.image_shape) != 3:
+            raise ValueError(
+                f"image_shape must be (H, W, C). Received: image_shape={self.image_shape}"
+            )
 
     def describe(self):
         """Return a dict from which `config_from` makes this config again."""

@@ -133,12 +133,12 @@ def composed(digits, shift, padding):
 
 def capsules_of(network, images):
     """Compute the digit capsules of a CapsNet with loops: (B, J, D)."""
-    settings, (conv1, primary) = network.settings, (network.conv1, network.primary)
+    config, (conv1, primary) = network.config, (network.conv1, network.primary)
     features = convolved(images, conv1.kernel.numpy(), 1) + np.float64(conv1.bias.numpy())
     channels = convolved(np.maximum(features, 0), primary.kernel.numpy(), 2)
     channels += np.float64(primary.bias.numpy())
-    u = cut_to_capsules(channels, settings["n_primary"], settings["primary_dim"])
-    return procedure_1(u, network.digits.W.numpy(), settings["routing_iterations"])[0]
+    u = cut_to_capsules(channels, config.n_primary, config.primary_dim)
+    return procedure_1(u, network.digits.W.numpy(), config.routing_iterations)[0]
 
 
 def decoded(decoder, capsules, chosen):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from commands.session import Session
 
 import main
-from commands.session import Session
 from inputs import datasets
 from model import CapsNet
 from training.checkpoints import Checkpoints, RunState

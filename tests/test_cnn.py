@@ -1,19 +1,28 @@
 """The convolutional networks that the paper compares the CapsNet with."""
 
+import itertools
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from oracles import (
+    assert_close,
+    assert_glorot_uniform,
+    assert_truncated_normal,
+    convolved,
+    randomized,
+)
 
 from capsnet import networks
 from capsnet.cnn import CNN
-from capsnet.networks import CNN_LAYERS, CNNConfig
+from capsnet.networks import CNN_LAYERS
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -23,88 +32,56 @@ def small(monkeypatch):
     monkeypatch.setitem(CNN_LAYERS, "affine", layers)
 
 
+def logits_of(network, images):
+    """Compute the logits with loops: the image is padded, and each 2×2 pixels are pooled."""
+    x = np.float64(images)
+    layers = network.config.layers.convolutions
+    for layer, (_, side, pooled) in zip(network.convolutions, layers, strict=True):
+        padded = np.pad(
+            x, ((0, 0), ((side - 1) // 2, side // 2), ((side - 1) // 2, side // 2), (0, 0))
+        )
+        x = np.maximum(convolved(padded, layer.kernel.numpy(), 1) + layer.bias.numpy(), 0)
+        if pooled:
+            n, rows, columns, channels = x.shape
+            pixels = np.zeros((n, rows // 2, columns // 2, channels))
+            for i, y, z, c in np.ndindex(*pixels.shape):
+                pixels[i, y, z, c] = x[i, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2, c].max()
+            x = pixels
+    x = x.reshape(len(x), -1)
+    for layer in network.hidden:
+        x = x @ np.float64(layer.kernel.numpy()) + layer.bias.numpy()
+        x = x if layer is network.hidden[-1] else np.maximum(x, 0)
+    return x
+
+
 def spectra_of(network):
     return network.inference(lambda function: function).prepare()
 
 
-PAPER = dict(CNN_LAYERS)
-
-
-@pytest.mark.parametrize(
-    "architecture, side, layers, parameters, dropout",
-    [
-        # Section 5: 35.4M parameters. Inputs, with the bias, times outputs of each layer.
-        (
-            "mnist",
-            28,
-            ((25, 256), (6400, 256), (6400, 128), (100352, 328), (328, 192), (192, 10)),
-            (35.35e6, 35.45e6),
-            0.5,
-        ),
-        # Section 6.1: 24.56M; 36×36 pixels are pooled to 18×18 and 9×9.
-        (
-            "multi",
-            36,
-            ((81, 512), (12800, 256), (81 * 256, 1024), (1024, 10)),
-            (24.555e6, 24.565e6),
-            0.0,
-        ),
-        # Section 5.2: about as many as the CapsNet without its decoder.
-        (
-            "affine",
-            40,
-            ((25, 256), (6400, 256), (6400, 128), (100 * 128, 720), (720, 10)),
-            (0.95 * 11_227_904, 1.05 * 11_227_904),
-            0.5,
-        ),
-    ],
-)
-def test_the_baselines_have_the_papers_parameters_and_dropout(
-    architecture, side, layers, parameters, dropout, monkeypatch
-):
-    monkeypatch.setitem(CNN_LAYERS, architecture, PAPER[architecture])
-    config = CNNConfig((side, side, 1), 10, architecture)
-    counts = [count for *_, count in config.sizes()]
-    assert counts == [(inputs + 1) * outputs for inputs, outputs in layers]
-    assert parameters[0] <= sum(counts) <= parameters[1]
-    assert config.layers.dropout == dropout
-
-
-def test_the_sizes_are_those_of_the_network():
-    net = CNN((12, 10, 1), 5, "affine")
-    sizes = net.config.sizes()
-    assert [name for name, *_ in sizes] == list(net.parts())
-    for (_, _, count), layer in zip(sizes, net.parts().values(), strict=True):
-        assert count == layer.count_params()
-
-
-def test_the_authors_cnn_is_their_baseline_of_overlapping_digits_with_dropout():
-    assert CNN_LAYERS["authors"] == CNN_LAYERS["multi"]._replace(dropout=0.5)
-
-
-def test_the_capsnet_on_the_affine_canvas_has_the_parameters_compared_with():
-    sizes = networks.CapsNetConfig((40, 40, 1), 10).sizes()
-    assert sum(count for _, _, count in sizes[:3]) == 11_227_904
-
-
 @pytest.mark.parametrize("conv", ["direct", "dft"])
-def test_the_network_is_the_librarys_convolutions_pooling_and_layers(conv):
-    net = CNN((12, 10, 1), 5, "affine", conv=conv)
-    for variable in net.variables:  # biases of zero would hide a missing bias
-        variable.assign(variable + 0.01)
-    images = np.random.default_rng(0).random((3, 12, 10, 1), np.float32)
-    x = images
+def test_the_network_is_convolutions_pooling_and_layers_written_with_loops(conv):
+    rng = np.random.default_rng(0)
+    net = randomized(CNN((12, 10, 1), 5, "affine", conv=conv), rng)
+    images = rng.random((2, 12, 10, 1), np.float32)
+    logits = logits_of(net, images)
+    assert_close(net.logits(images), logits)
+    assert_close(net.logits(images, spectra=spectra_of(net)), logits)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert_close(net(images), expected)
+    assert_close(net.serve(images)["probabilities"], expected)
+    assert set(net.serve(images, 2)) == {"probabilities"}
+
+
+def test_the_convolutions_of_the_network_are_padded_and_pooled_as_those_of_the_library():
+    net = randomized(CNN((12, 10, 3), 5, "affine"), np.random.default_rng(0))
+    images = x = np.random.default_rng(1).random((3, 12, 10, 3), np.float32)
     for layer, pooled in zip(net.convolutions, (True, False), strict=True):
         x = tf.nn.relu(tf.nn.conv2d(x, layer.kernel.value, 1, "SAME") + layer.bias.value)
         x = tf.nn.max_pool2d(x, 2, 2, "VALID") if pooled else x
-    x = tf.reshape(x, (3, -1)).numpy()
-    for layer in net.hidden[:-1]:
-        x = np.maximum(x @ layer.kernel.numpy() + layer.bias.numpy(), 0)
-    logits = x @ net.hidden[-1].kernel.numpy() + net.hidden[-1].bias.numpy()
-    np.testing.assert_allclose(net.logits(images), logits, atol=1e-5)
-    np.testing.assert_allclose(net.logits(images, spectra=spectra_of(net)), logits, atol=1e-5)
-    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(net(images), expected, atol=1e-5)
+    x = tf.reshape(x, (3, -1))
+    for layer in net.hidden:
+        x = layer(x)
+    assert_close(net.logits(images), x)
 
 
 def test_dropout_keeps_or_doubles_each_unit_by_seed_and_step():
@@ -126,6 +103,12 @@ def test_dropout_keeps_or_doubles_each_unit_by_seed_and_step():
     assert 0.3 < (kept != (other[active] != 0)).mean() < 0.7
 
 
+def test_a_network_without_dropout_drops_nothing(monkeypatch):
+    monkeypatch.setitem(CNN_LAYERS, "affine", CNN_LAYERS["affine"]._replace(dropout=0.0))
+    net, images = CNN((12, 12, 1), 5, "affine"), np.ones((4, 12, 12, 1), np.float32)
+    assert np.array_equal(net.logits(images, seed=tf.constant([3, 4])), net.logits(images))
+
+
 def batch_of(images, labels, digits=1, shift=0):
     """Return a batch of images (B, K, H, W, 1), all shifted down and right by some pixels."""
     shifts = np.full((len(images), digits, 2), shift, np.int32)
@@ -140,7 +123,7 @@ def test_units_are_dropped_in_training_and_never_in_an_evaluation():
     training = net.outputs(batch, tf.constant([0, 2])).scores.numpy()
     assert np.abs(training - probabilities).max() > 1e-3
     np.testing.assert_allclose(net.outputs(batch).scores, probabilities, atol=1e-6)
-    inference = net.inference(tf.function)
+    inference = net.inference(lambda function: function)
     evaluated = inference.outputs(batch, inference.prepare()).scores
     np.testing.assert_allclose(evaluated, probabilities, atol=1e-6)
 
@@ -172,6 +155,8 @@ def test_losses_and_predictions_agree_with_their_formulas(digits):
         best = np.argsort(-logits[n])[:digits]
         assert outputs.predictions[n].numpy().tolist() == best.tolist()
         assert bool(outputs.correct[n]) == (set(best) == set(labels[n]))
+    together = [sum(row) == pytest.approx(1, abs=1e-5) for row in outputs.scores.numpy()]
+    assert together == [digits == 1] * 6  # a softmax, or a sigmoid for each class
     assert bool(outputs.correct[0])
     assert not outputs.correct.numpy().all()
 
@@ -183,3 +168,81 @@ def test_digits_are_placed_in_the_middle_of_a_larger_canvas_before_they_are_shif
     canvas = np.zeros((3, 16, 16, 1), np.float32)
     canvas[:, 3:15, 3:15] = images[:, 0] / 255
     np.testing.assert_allclose(outputs.scores, net(canvas), atol=1e-6)
+
+
+# --- Inference -----------------------------------------------------------------------------------
+
+
+def test_inference_prepares_all_kernels_and_uses_what_it_prepared_in_place_of_them():
+    net = CNN((12, 12, 5), 5, "affine", conv="dft")
+    images = np.random.default_rng(1).integers(0, 256, (3, 1, 12, 12, 5), np.uint8)
+    batch = batch_of(images, np.zeros((3, 1), np.int32))
+    expected, compiled = net.outputs(batch), []
+    inference = net.inference(lambda function: compiled.append(function) or function)
+    prepared = inference.prepare()
+    for spectrum, layer in zip(prepared, net.convolutions, strict=True):
+        assert np.array_equal(spectrum, layer.spectrum())
+        layer.kernel.assign(0 * layer.kernel)
+    for one, other in zip(inference.outputs(batch, prepared), expected, strict=True):
+        assert np.array_equal(one, other)
+    assert len(compiled) == 2  # the transforms and the network
+    assert not np.allclose(net.outputs(batch).scores, expected.scores)
+
+
+def test_a_network_that_convolves_directly_prepares_nothing():
+    assert spectra_of(CNN((12, 12, 5), 5, "affine")) == (None, None)
+
+
+@pytest.mark.parametrize("conv", ["direct", "dft"])
+def test_in_mixed_precision_logits_losses_and_weights_stay_float32(conv):
+    rng = np.random.default_rng(1)
+    exact = CNN((12, 12, 5), 5, "affine", conv=conv)
+    mixed = CNN((12, 12, 5), 5, "affine", conv=conv, dtype="mixed_bfloat16")
+    mixed.set_weights(exact.get_weights())
+    images = rng.integers(0, 256, (6, 1, 12, 12, 5), np.uint8)
+    batch = batch_of(images, rng.integers(0, 5, (6, 1), np.int32))
+    inference = mixed.inference(lambda function: function)
+    for outputs in (mixed.outputs(batch), inference.outputs(batch, inference.prepare())):
+        assert outputs.scores.dtype == outputs.cross_entropy.dtype == tf.float32
+        assert_close(outputs.scores, exact.outputs(batch).scores, 0.05)
+        assert np.abs(outputs.scores - exact.outputs(batch).scores).max() > 0
+    assert {v.dtype for v in mixed.variables} == {"float32"}
+    assert mixed.logits(images[:, 0] / np.float32(255)).dtype == tf.float32
+
+
+# --- First weights and saving --------------------------------------------------------------------
+
+
+def test_the_variables_have_the_paths_that_checkpoints_know():
+    names = ("conv1", "conv2", "dense1", "dense2", "dense3")
+    expected = [f"{name}/{part}" for name, part in itertools.product(names, ("kernel", "bias"))]
+    assert [v.path for v in CNN((12, 12, 1), 5, "affine").variables] == expected
+
+
+@pytest.mark.parametrize("initialization", ["glorot", "authors"])
+def test_first_weights_are_glorots_or_those_of_the_authors(initialization, monkeypatch):
+    layers = networks.Layers(((40, 5, True), (40, 4, False)), (40, 40), 0.5)
+    monkeypatch.setitem(CNN_LAYERS, "affine", layers)
+    net = CNN((12, 12, 1), 20, "affine", initialization=initialization)
+    for layer in (*net.convolutions, *net.hidden):
+        kernel, bias = layer.kernel.numpy(), layer.bias.numpy()
+        if initialization == "glorot":
+            assert_glorot_uniform(kernel)
+        else:
+            assert_truncated_normal(kernel, 0.05 if layer.name == "conv1" else 0.1)
+        assert np.array_equal(bias, np.full_like(bias, 0 if initialization == "glorot" else 0.1))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside Keras
+def test_a_network_saved_by_keras_is_loaded_with_the_same_outputs(tmp_path):
+    options = {"conv": "dft", "initialization": "authors"}
+    net = randomized(CNN((12, 12, 1), 5, "affine", 2, **options), np.random.default_rng(0))
+    net.save(tmp_path / "cnn.keras")
+    loaded = keras.saving.load_model(tmp_path / "cnn.keras")
+    assert type(loaded) is CNN and loaded.get_config() == net.get_config()
+    assert loaded.config == net.config and (loaded.conv, loaded.initialization) == (
+        "dft",
+        "authors",
+    )
+    images = np.random.default_rng(1).random((2, 12, 12, 1), np.float32)
+    assert np.array_equal(loaded(images), net(images))

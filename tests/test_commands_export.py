@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from commands.pretrained import find_exported, load_pretrained, pretrained_metadata
+from commands.session import fingerprint
 from story import (
     FAST,
     ROOT,
@@ -30,7 +31,6 @@ import utils
 from capsnet import config
 from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from commands.export import check_new, model_card, write_network
-from commands.session import fingerprint
 from commands.train import make_trainer
 from inputs.appearance import appearance_from, measure_appearance
 from inputs.pipeline import Examples

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands.session
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -29,7 +30,6 @@ import commands.evaluate
 import commands.export
 import commands.pictures
 import commands.predict
-import commands.session
 import commands.train
 import main
 import training.distribution

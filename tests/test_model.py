@@ -1,7 +1,6 @@
-"""The network of the paper: its outputs, sizes, first weights and what is saved of it."""
+"""The network of the paper: its outputs, inference, reconstructions and first weights."""
 
-import functools
-import inspect
+import json
 from pathlib import Path
 
 import keras
@@ -22,13 +21,14 @@ from oracles import (
 
 import model
 import ops
-from capsnet.config import NetworkConfig
+from capsnet.cnn import CNN
 from capsnet.convolution import Direct, Patches, Spectral
 from capsnet.errors import ImageTooSmall
-from model import CapsNet, uncompiled
+from capsnet.networks import CapsNetConfig, CNNConfig
+from model import CapsNet
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"
-# Every argument of CapsNet, but `conv` and `initialization`, with another value than the default.
+# The sizes of a CapsNet, each with another value than the default.
 TINY = {
     "image_shape": (9, 11, 2),
     "n_classes": 4,
@@ -46,6 +46,10 @@ TINY = {
 def rng():
     keras.utils.set_random_seed(20171026)  # of initial weights
     return np.random.default_rng(20171026)
+
+
+def uncompiled(function):
+    return function
 
 
 def random_network(rng, **changes):
@@ -229,7 +233,7 @@ def test_the_terms_of_the_loss_by_hand(monkeypatch):
 def test_the_names_of_the_loss_terms_are_those_of_the_terms_in_their_order(rng):
     network = random_network(rng)
     terms = network.loss_terms(network.outputs(random_batch(rng, 2)))
-    assert network.loss_names == ("margin", "reconstruction") == tuple(terms)
+    assert network.config.loss_terms == ("margin", "reconstruction") == tuple(terms)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -246,59 +250,47 @@ def test_the_label_reaches_only_the_reconstruction_that_is_made_with_it(rng, k):
     assert np.array_equal(right.with_label, right.without_label)
 
 
-def test_the_step_of_training_changes_nothing(rng):
+def test_the_seed_of_training_changes_nothing(rng):
     network, batch = random_network(rng), random_batch(rng, 3)
-    for one, other in zip(network.outputs(batch), network.outputs(batch, step=7), strict=True):
+    for one, other in zip(network.outputs(batch), network.outputs(batch, [0, 7]), strict=True):
         assert np.array_equal(one, other)
 
 
 # --- Inference -----------------------------------------------------------------------------------
 
 
-def test_spectra_are_those_of_both_kernels_and_are_used_in_place_of_them(rng):
+def test_inference_prepares_both_kernels_and_uses_what_it_prepared_in_place_of_them(rng):
     network = random_network(rng, image_shape=(9, 11, 5), conv="dft")
     batch = random_batch(rng, 3, image_shape=(9, 11, 5))
-    expected = network.outputs(batch)
-    spectra = network.spectra()
-    assert np.array_equal(spectra[0], network.conv1.spectrum())
-    assert np.array_equal(spectra[1], network.primary.spectrum())
+    expected, inference = network.outputs(batch), network.inference(uncompiled)
+    prepared = inference.prepare()
+    assert np.array_equal(prepared[0], network.conv1.spectrum())
+    assert np.array_equal(prepared[1], network.primary.spectrum())
     for layer in (network.conv1, network.primary):
         layer.kernel.assign(0 * layer.kernel)
-    for one, other in zip(network.outputs(batch, spectra), expected, strict=True):
+    for one, other in zip(inference.outputs(batch, prepared), expected, strict=True):
         assert np.array_equal(one, other)
-    assert not np.allclose(network.outputs(batch).lengths, expected.lengths)
+    for outputs in (network.outputs(batch), inference.outputs(batch, inference.prepare())):
+        assert not np.allclose(outputs.lengths, expected.lengths)
 
 
-def test_a_network_that_convolves_directly_has_no_spectra():
-    assert CapsNet(**TINY).spectra() == (None, None)
+def test_a_network_that_convolves_directly_prepares_nothing():
+    assert CapsNet(**TINY).inference(uncompiled).prepare() == (None, None)
 
 
 @pytest.mark.parametrize("conv", ops.CONV_METHODS)
-@pytest.mark.parametrize("compile_part", [None, uncompiled])
-def test_images_are_routed_in_chunks_only_for_inference_with_the_convolution_for_a_cpu(
-    rng, monkeypatch, conv, compile_part
+def test_inference_gives_the_outputs_of_training_and_routes_in_chunks_on_a_cpu(
+    rng, monkeypatch, conv
 ):
-    network, batch = random_network(rng, conv=conv), random_batch(rng, 32)
-    expected = capsules_of(network, composed(batch[0], batch[1], 0)[0])
+    network, batch = random_network(rng, conv=conv), random_batch(rng, 32, k=2)
     sizes, routing = [], ops.routing
     monkeypatch.setattr(
         ops, "routing", lambda *a, **k: sizes.append(a[0].shape[0]) or routing(*a, **k)
     )
-    assert_close(network.outputs(batch, compile_part=compile_part).capsules, expected)
-    assert sizes == ([16, 16] if compile_part and conv == "dft" else [32])
-
-
-def compiler(conv):
-    return functools.partial(tf.function, jit_compile=conv == "dft", autograph=False)
-
-
-@pytest.mark.parametrize("conv", ops.CONV_METHODS)
-def test_inference_with_spectra_gives_the_outputs_of_training(rng, conv):
-    network, batch = random_network(rng, conv=conv), random_batch(rng, 32, k=2)
-    infer = tf.function(lambda spectra: network.outputs(batch, spectra, compiler(conv)))
-    training, inference = network.outputs(batch), infer(network.spectra())
-    for name, expected in training._asdict().items():
-        assert_close(getattr(inference, name), expected)
+    training, inference = network.outputs(batch), network.inference(uncompiled)
+    for name, actual in inference.outputs(batch, inference.prepare())._asdict().items():
+        assert_close(actual, getattr(training, name))
+    assert sizes == [32, *([16, 16] if conv == "dft" else [32])]
 
 
 @pytest.mark.parametrize("conv", ops.CONV_METHODS)
@@ -307,21 +299,81 @@ def test_the_largest_product_of_inference_is_between_two_compiled_parts(rng, con
     network, parts = random_network(rng, image_shape=(9, 11, 5), conv=conv), []
 
     def compile_part(function):
-        compiled = compiler(conv)(function)
+        compiled = tf.function(function, jit_compile=conv == "dft", autograph=False)
 
-        def call(argument):
-            parts.append((argument.shape, compiled(argument)))
+        def call(*arguments):
+            parts.append(([argument.shape for argument in arguments], compiled(*arguments)))
             return parts[-1][1]
 
         return call
 
-    images = random_images(rng, 3, (9, 11, 5))
-    capsules = network.capsules(images, network.spectra(), compile_part)
-    (first, factors), (products, last) = parts
-    assert first == images.shape and last is capsules
-    spectra = network.spectra()
+    batch, inference = random_batch(rng, 32, 2, 0, (9, 11, 5)), network.inference(compile_part)
+    expected, outputs = network.outputs(batch), inference.outputs(batch, inference.prepare())
+    (nothing, spectra), ([first], factors), ([products], last) = parts
+    assert nothing == [] and first == expected.canvas.shape and last is outputs.capsules
     assert network.primary.multiply(factors, spectra[1]).shape == products
-    assert_close(capsules, capsules_of(network, images))
+    for name, actual in outputs._asdict().items():
+        assert_close(actual, getattr(expected, name))
+
+
+# --- Reconstructions -----------------------------------------------------------------------------
+
+
+def test_images_are_reconstructed_from_their_longest_capsules_or_from_those_of_classes(rng):
+    network, images = random_network(rng), random_images(rng, 3)
+    lengths, capsules = (output.numpy() for output in network(images))
+    longest, others = lengths.argmax(axis=1), (lengths.argmax(axis=1) + 1) % 4
+    for classes in (longest, others):
+        expected = decoded(network.decoder, capsules, classes)
+        for given in (classes, list(map(int, classes)), tf.constant(classes)):
+            assert_close(network.reconstruct(images, classes=given), expected)
+            assert_close(network.reconstruct(capsules=capsules, classes=given), expected)
+    expected = decoded(network.decoder, capsules, longest)
+    assert_close(network.reconstruct(images), expected)
+    assert_close(network.reconstruct(capsules=capsules), expected)
+    whole = np.arange(60).reshape(3, 4, 5) % 3 - 1  # integers, as written by hand
+    expected = decoded(network.decoder, whole, others)
+    assert_close(network.reconstruct(capsules=whole, classes=others), expected)
+    assert_close(network.reconstruct(capsules=whole.tolist(), classes=others), expected)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [[0], [0, 1, 2], 1, [[0], [1]], np.eye(4)[:2], [0.0, 1.0], [0, 4], [-1, 0], ["0", "1"]],
+    ids=str,
+)
+def test_classes_that_are_no_numbers_of_capsules_are_refused(classes):
+    with pytest.raises(ValueError, match="classes must be 2 integers from 0 to 3. Received: cl"):
+        CapsNet(**TINY).reconstruct(capsules=np.zeros((2, 4, 5), np.float32), classes=classes)
+
+
+def test_what_cannot_be_reconstructed_is_refused(rng):
+    network, images = CapsNet(**TINY), random_images(rng, 2)
+    capsules = network(images)[1]
+    for given in ({}, {"images": images, "capsules": capsules}):
+        with pytest.raises(ValueError, match="give either images or capsules"):
+            network.reconstruct(**given)
+    for wrong in (capsules[0], capsules[:, :3], capsules[..., :4], capsules[None]):
+        with pytest.raises(ValueError, match=r"shape \(B, 4, 5\). Received: capsules.shape=\("):
+            network.reconstruct(capsules=wrong)
+    with pytest.raises(ValueError, match=r"images must have the shape \(B, 9, 11, 2\)"):
+        network.reconstruct(images[..., :1])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_exported_network_serves_lengths_capsules_and_the_k_longest_reconstructed(rng, k):
+    network, images = random_network(rng), random_images(rng, 3)
+    served, (lengths, capsules) = network.serve(images, k), network(images)
+    assert set(served) == {"lengths", "capsules", "reconstructions"}
+    assert np.array_equal(served["lengths"], lengths)
+    assert np.array_equal(served["capsules"], capsules)
+    assert served["reconstructions"].shape == (3, k, *TINY["image_shape"])
+    for place, classes in enumerate(np.argsort(-lengths.numpy(), axis=1)[:, :k].T):
+        expected = decoded(network.decoder, capsules, classes)
+        assert_close(served["reconstructions"][:, place], expected)
+    assert np.array_equal(
+        network.serve(images)["reconstructions"][:, 0], network.reconstruct(images)
+    )
 
 
 # --- Moving one dimension of a capsule -----------------------------------------------------------
@@ -385,11 +437,12 @@ def test_in_mixed_precision_inference_has_bfloat16_products_of_spectra(rng, conv
     """It also routes 32 images in chunks, which changes nothing."""
     network, batch = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16"), random_batch(rng, 32)
     network.primary.kernel.assign(5 * network.primary.kernel)
-    expected, spectra = network.outputs(batch), network.spectra()
+    expected, inference = network.outputs(batch), network.inference(uncompiled)
+    spectra = inference.prepare()
     features = network.conv1(composed(batch[0], batch[1], 0)[0])
     factors = network.primary.prepare(features, spectra[1])
     assert network.primary.multiply(factors, spectra[1]).dtype == tf.bfloat16
-    outputs = network.outputs(batch, spectra, uncompiled)
+    outputs = inference.outputs(batch, spectra)
     assert outputs.lengths.dtype == outputs.capsules.dtype == tf.float32
     assert_close(outputs.lengths, expected.lengths, tolerance)
     assert conv == "direct" or np.abs(outputs.lengths - expected.lengths).max() > 0
@@ -399,129 +452,6 @@ def test_in_mixed_precision_all_layers_have_the_policy_of_the_network():
     network = CapsNet(**TINY, dtype="mixed_bfloat16")
     layers = (network.conv1, network.primary, network.digits, network.decoder)
     assert {layer.dtype_policy.name for layer in layers} == {"mixed_bfloat16"}
-
-
-# --- Sizes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "side, lower, total", [(28, 6 * 6 * 32, 8_215_568), (36, 10 * 10 * 32, 11_361_808)]
-)
-def test_the_network_has_the_parameters_of_the_paper(side, lower, total):
-    network = CapsNet((side, side, 1), 10)
-    conv1 = 9 * 9 * 1 * 256 + 256
-    primary = 9 * 9 * 256 * (32 * 8) + 32 * 8
-    digits = lower * 10 * 8 * 16
-    decoder = (160 * 512 + 512) + (512 * 1024 + 1024) + (1024 * side**2 + side**2)
-    assert network.count_params() == conv1 + primary + digits + decoder == total
-    assert network.count_params() - network.decoder.count_params() == conv1 + primary + digits
-    if side == 28:
-        assert conv1 + primary + digits == 6_804_224
-    assert network.digits.iterations == 3
-    assert [variable.path for variable in network.variables] == [
-        "conv1/kernel",
-        "conv1/bias",
-        "primary_capsules/kernel",
-        "primary_capsules/bias",
-        "digit_capsules/W",
-        *(
-            f"decoder/{layer}/{part}"
-            for layer in ("hidden_1", "hidden_2", "pixels")
-            for part in ("kernel", "bias")
-        ),
-    ]
-
-
-@pytest.mark.parametrize(
-    "shape, classes, config",
-    [
-        ((28, 28, 1), 10, NetworkConfig()),
-        ((36, 36, 1), 10, NetworkConfig()),
-        ((19, 24, 3), 7, NetworkConfig(5, 3, 4, 6, 2, 5, (8, 9))),
-        ((9, 9, 2), 3, NetworkConfig(5, 3, 4, 6, 2, 5, ())),
-    ],
-)
-def test_layer_sizes_are_those_of_the_layers_of_a_network(shape, classes, config):
-    network = CapsNet(shape, classes, **config._asdict())
-    layers, output = [network.conv1, network.primary, network.digits], (None, *shape)
-    names, shapes, counts = zip(*model.layer_sizes(shape, classes, config), strict=True)
-    assert names == ("conv1", "primary capsules", "digit capsules", "decoder")
-    assert counts == tuple(layer.count_params() for layer in (*layers, network.decoder))
-    for layer, expected in zip(layers, shapes[:3], strict=True):
-        output = layer.compute_output_shape(output)
-        assert output == (None, *expected)
-    assert shapes[3] == shape
-    if config == NetworkConfig():
-        assert model.layer_sizes(shape, classes) == model.layer_sizes(shape, classes, config)
-
-
-@pytest.mark.parametrize(
-    "batch_size, side, channels, classes, megabytes",  # peaks of main.py --train, one epoch
-    [
-        (16, 28, 1, 10, 1438),
-        (64, 28, 1, 10, 1568),
-        (128, 28, 1, 10, 1769),
-        (256, 28, 1, 10, 2163),
-        (64, 28, 1, 100, 2985),
-        (64, 28, 3, 10, 1676),
-        (64, 40, 1, 30, 3663),
-        (32, 48, 3, 40, 4531),
-        (64, 64, 1, 10, 5482),
-        (16, 64, 1, 100, 12713),
-        (16, 64, 3, 2, 2324),
-        (64, 64, 3, 2, 3810),
-        (128, 64, 3, 2, 5653),
-        (16, 96, 3, 2, 3592),
-        (32, 96, 3, 2, 5066),
-        (64, 96, 3, 2, 7764),
-        (16, 96, 3, 10, 6579),
-        (64, 104, 3, 2, 8666),
-    ],
-)
-def test_the_memory_estimated_is_within_a_tenth_of_what_was_measured(
-    batch_size, side, channels, classes, megabytes
-):
-    sizes = model.layer_sizes((side, side, channels), classes)
-    data_bytes = 3 * batch_size * side * side * channels
-    estimate = model.memory_needed(sizes, batch_size, data_bytes)
-    assert estimate / 1e6 == pytest.approx(megabytes, rel=0.1)
-
-
-@pytest.mark.parametrize("classes, data_bytes", [(10, 0), (3, 10**9)])
-def test_the_batch_that_fits_is_the_largest_whose_estimate_is_below_the_memory(classes, data_bytes):
-    sizes = model.layer_sizes((64, 64, 3), classes)
-    batch = model.batch_that_fits(sizes, 8e9, data_bytes)
-    assert batch > 1
-    assert model.memory_needed(sizes, batch, data_bytes) <= 8e9
-    assert model.memory_needed(sizes, batch + 1, data_bytes) > 8e9
-    assert model.batch_that_fits(sizes, 1e9, data_bytes) == 0
-
-
-def test_the_memory_estimated_grows_with_parameters_images_in_a_batch_and_data():
-    """27.6 bytes a parameter, 165 a component of a primary capsule, 9.6 a component of a vote."""
-    sizes = model.layer_sizes((28, 28, 1), 10)
-    image = 165 * 1152 * 8 + 9.6 * 1152 * 10 * 16
-    expected = 1150e6 + 27.6 * 8_215_568 + 64 * image
-    assert model.memory_needed(sizes, 64) == pytest.approx(expected)
-    more = expected + 36 * image
-    assert model.memory_needed(sizes, 100) == pytest.approx(more)
-    assert model.memory_needed(sizes, 64, data_bytes=5e9) == pytest.approx(expected + 5e9)
-
-
-@pytest.mark.parametrize("shape", [(16, 30, 1), (30, 16, 3)])
-def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes(shape):
-    for build in (CapsNet, model.layer_sizes):
-        with pytest.raises(ImageTooSmall, match=r"two 9×9 .* at least 17×17 pixels.") as caught:
-            build(shape, 10)
-        assert caught.value.smallest == 17 and caught.value.image_shape == shape
-        assert f"Received: image_shape={shape}" in str(caught.value)
-
-
-def test_the_smallest_image_leaves_one_position_of_primary_capsules():
-    sizes = model.layer_sizes((17, 17, 1), 10)
-    assert sizes[0][1] == (9, 9, 256) and sizes[1][1] == (32, 8)
-    with pytest.raises(ImageTooSmall, match="at least 5×5"):
-        CapsNet((4, 5, 1), 10, kernel_size=3)
 
 
 # --- First weights -------------------------------------------------------------------------------
@@ -571,42 +501,71 @@ def test_every_kernel_is_drawn_by_itself_and_depends_on_the_seed(initialization)
 # --- Configuration, saving and loading -----------------------------------------------------------
 
 
-def test_the_defaults_are_those_of_the_paper():
-    parameters = inspect.signature(CapsNet.__init__).parameters
-    paper = {
-        "n_conv": 256,
-        "n_primary": 32,
-        "primary_dim": 8,
-        "digit_dim": 16,
-        "routing_iterations": 3,
-        "kernel_size": 9,
-        "decoder_units": (512, 1024),
-        "variant": "paper",
-    }
-    assert {name: parameters[name].default for name in paper} == paper
-    assert NetworkConfig()._asdict() == paper
+def test_a_network_is_built_from_arguments_or_from_a_config_with_the_same_first_weights():
+    config = CapsNetConfig((28, 28, 1), 10, n_conv=8, n_primary=2, decoder_units=(4,))
+    settings = config.describe()
+    assert settings.pop("network") == "capsnet"
+
+    def made(build):
+        keras.utils.set_random_seed(3)
+        return build()
+
+    networks = [
+        made(lambda: CapsNet((28, 28, 1), 10, n_conv=8, n_primary=2, decoder_units=(4,))),
+        made(lambda: CapsNet(**settings)),
+        made(lambda: CapsNet(**json.loads(json.dumps(settings)))),
+        made(lambda: model.build(config)),
+    ]
+    for network in networks:
+        assert type(network) is CapsNet and network.config == config
+        for one, other in zip(network.variables, networks[0].variables, strict=True):
+            assert one.path == other.path and np.array_equal(one, other)
 
 
-def test_the_architecture_is_every_setting_but_the_convolution_and_the_first_weights():
-    network = CapsNet(**TINY, conv="dft", initialization="authors")
-    assert network.architecture == TINY
-    others = {"conv": "dft", "initialization": "authors", "variant": "paper"}
-    assert network.settings == TINY | others
+def test_a_config_is_built_into_the_network_that_it_is_of_with_the_options():
+    options = {"conv": "dft", "initialization": "authors", "dtype": "mixed_bfloat16"}
+    configs = CapsNetConfig(**TINY), CNNConfig((8, 8, 1), 3, "affine")
+    for config, kind in zip(configs, (CapsNet, CNN), strict=True):
+        network = model.build(config, **options)
+        assert type(network) is kind and network.config == config
+        assert (network.conv, network.initialization) == ("dft", "authors")
+        assert network.dtype_policy.name == "mixed_bfloat16"
+
+
+def test_unknown_settings_and_values_are_refused_with_the_known_ones():
+    with pytest.raises(TypeError, match="n_kernels"):
+        CapsNet(**TINY, n_kernels=8)
+    for name, known in (
+        ("variant", "paper.*authors"),
+        ("conv", "direct.*dft"),
+        ("initialization", "glorot.*authors"),
+    ):
+        with pytest.raises(ValueError, match=f"{known}.*Received: (method|{name})='x'"):
+            CapsNet(**TINY, **{name: "x"})
+
+
+@pytest.mark.parametrize("shape", [(16, 30, 1), (30, 16, 3)])
+def test_images_too_small_for_two_convolutions_are_refused_with_the_sizes(shape):
+    with pytest.raises(ImageTooSmall, match=r"two 9×9 .* at least 17×17 pixels.") as caught:
+        CapsNet(shape, 10)
+    assert caught.value.smallest == 17 and caught.value.image_shape == shape
+    assert f"Received: image_shape={shape}" in str(caught.value)
 
 
 def test_a_network_rebuilt_from_its_configuration_has_every_argument_of_its_constructor():
-    arguments = {**TINY, "conv": "dft", "initialization": "authors", "variant": "authors"}
-    parameters = inspect.signature(CapsNet.__init__).parameters
-    assert set(parameters) - {"self", "kwargs"} == set(arguments)
-    for name, value in arguments.items():
-        assert value != parameters[name].default
+    changes = {"variant": "authors", "none_of_the_above": True}
+    arguments = {**TINY, **changes, "conv": "dft", "initialization": "authors"}
+    defaults = CapsNetConfig((28, 28, 1), 10).describe()
+    assert set(defaults) - {"network"} == set(TINY) | set(changes)
+    assert all(arguments[name] != value for name, value in defaults.items() if name != "network")
     network = CapsNet(**arguments, dtype="mixed_bfloat16")
     config = network.get_config()
     assert {name: config[name] for name in arguments} == arguments
     rebuilt = CapsNet.from_config(config)
-    assert rebuilt.settings == arguments and rebuilt.get_config() == config
+    assert rebuilt.config == network.config and rebuilt.get_config() == config
     assert rebuilt.dtype_policy.name == "mixed_bfloat16"
     assert (rebuilt.primary.method, rebuilt.conv1.method) == ("dft", "dft")
+    assert rebuilt.digits.none_of_the_above and rebuilt.digits.use_bias
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside Keras
@@ -653,28 +612,22 @@ def test_weights_exported_by_an_earlier_version_fit_the_variables_of_the_same_pa
     assert_close(capsules, expected["capsules_float16"])
 
 
-# ---------------------------------------------------------------- the authors' variant
+# --- The authors' variant ------------------------------------------------------------------------
 
 
-def test_the_authors_variant_has_a_bias_in_routing_and_weak_primary_capsules():
-    net = model.CapsNet((28, 28, 1), 10, variant="authors", initialization="authors")
-    assert net.count_params() == 8_215_568 + 160
-    assert net.architecture["variant"] == "authors"
-    assert "variant" not in model.CapsNet((28, 28, 1), 10).architecture
-    sizes = model.layer_sizes((28, 28, 1), 10, NetworkConfig(variant="authors"))
-    assert sum(count for *_, count in sizes) == net.count_params()
-    np.testing.assert_array_equal(net.digits.bias, np.full((10, 16), 0.1, np.float32))
+def test_the_authors_variant_has_a_bias_in_routing_and_weak_primary_capsules(rng):
+    options = {"variant": "authors", "initialization": "authors", "decoder_units": ()}
+    net = CapsNet((28, 28, 1), 2, **options)
+    np.testing.assert_array_equal(net.digits.bias, np.full((2, 16), 0.1, np.float32))
     # The first capsules are short, and would be saturated without the division by the types.
-    images = np.random.default_rng(0).random((4, 28, 28, 1), np.float32)
-    features = net.conv1(images)
+    features = net.conv1(random_images(rng, 2, (28, 28, 1)))
     lengths = np.linalg.norm(net.primary(features), axis=-1)
     net.primary.coupling = None
     assert lengths.mean() < 0.3 < 0.9 < np.linalg.norm(net.primary(features), axis=-1).mean()
 
 
-def test_the_authors_variant_is_their_routing_written_with_loops():
+def test_the_authors_variant_is_their_routing_written_with_loops(rng):
     """Their code routes twice: conv outputs with zero logits over the types, then procedure 1."""
-    rng = np.random.default_rng(0)
     net = model.CapsNet(
         (8, 8, 1), 3, 5, 4, 3, 6, kernel_size=3, decoder_units=(6,), variant="authors"
     )
@@ -704,8 +657,3 @@ def test_the_authors_variant_is_their_routing_written_with_loops():
             v = squashed(np.einsum("ij,ijd->jd", c, votes) + net.digits.bias.numpy())
             b += np.einsum("ijd,jd->ij", votes, v)
         np.testing.assert_allclose(net(images)[1][n], v, atol=1e-5)
-
-
-def test_an_unknown_variant_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="paper.*authors.*Received: variant='x'"):
-        model.CapsNet((28, 28, 1), 10, variant="x")
