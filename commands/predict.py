@@ -11,7 +11,7 @@ from PIL import Image
 import figures
 import utils
 from capsnet.errors import UserError
-from inputs import ink
+from inputs import image_files, ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background
 from model import CHUNK_SIZE
@@ -68,7 +68,9 @@ def predict(session):
     names, per_example = session.class_names, session.digits_per_example
     drawn = figures.drawable_names(names)
     shape = session.network.settings["image_shape"]
-    pictures, failed = read_images(paths, shape, session.appearance)
+    pictures, failed, *_, notes = read_pictures(paths, shape, session.appearance)
+    for note in notes:
+        print(note)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
         chunk = pictures[start : start + CHUNK_SIZE]
@@ -91,7 +93,7 @@ def predict(session):
         figures.save_predictions(sheet, originals, images, reconstructions, captions)
         report_written([folder / "predictions.csv", sheet])
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
+        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0][1]}")
 
 
 def in_words(best, per_example):
@@ -103,7 +105,7 @@ def in_words(best, per_example):
     return f"{predicted} ({scores})"
 
 
-def read_images(paths, shape, appearance):
+def read_pictures(paths, shape, appearance):
     """Read image files and make them look like the training images.
 
     Args:
@@ -112,7 +114,7 @@ def read_images(paths, shape, appearance):
         appearance: Appearance of the training images.
 
     Returns:
-        The Pictures of the files that can be read, and the errors of the others.
+        Readings of Pictures.
     """
     if shape[-1] not in (1, 3):
         raise UserError(
@@ -120,18 +122,19 @@ def read_images(paths, shape, appearance):
             f"{shape[-1]} channels, expected one of 1 or 3"
         )
     style = appearance.ink_style
-    pictures, failed = [], []
-    for path in paths:
+
+    def picture(path, original):
+        image, done = None, None
         try:
-            original = utils.read_image(path)
-        except UserError as error:
-            failed.append(str(error))
-            continue
-        image, done = place_ink(original, style, shape) if style else (None, None)
-        if image is None:  # photographs, or a page without ink
-            image, done = fit(original, shape, appearance)
-        pictures.append(Picture(path, thumbnail(original), image, done))
-    return pictures, failed
+            if style:
+                image, done = place_ink(original, style, shape)
+            if image is None:  # photographs, or a page without ink
+                image, done = fit(original, shape, appearance)
+        except Exception as error:  # the other files are predicted all the same
+            raise UserError(f"{path} cannot be made to fit ({error})") from error
+        return Picture(path, thumbnail(original), image, done)
+
+    return image_files.read_images(paths, picture, appearance.white)
 
 
 def fit(image, shape, appearance):

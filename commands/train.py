@@ -155,7 +155,8 @@ def make_trainer(session, report):
     if flags.initial_weights:
         load_initial_weights(session, report)
     names = config.TrainingConfig._fields
-    appearance = measure_appearance(data, session.dataset.inverted, session.dataset.subtracted)
+    dataset = session.dataset
+    appearance = measure_appearance(data, dataset.inverted, dataset.subtracted, dataset.white)
     return Trainer(
         session.network,
         data,
