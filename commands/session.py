@@ -91,8 +91,9 @@ class Session:
     @functools.cached_property
     def train_data(self):
         """Return the Examples of training (sections 5 and 6)."""
-        size, dataset = self.train_size or None, self.dataset
-        data = self._compose(dataset.x_train[:size], dataset.y_train[:size])
+        dataset = self.dataset
+        images = datasets.training_images(dataset, self.train_size, self.flags.seed)
+        data = self._compose(*images)
         if self.flags.multi_MNIST or not self.flags.data_deformation:
             return data
         return data._replace(
@@ -159,14 +160,24 @@ class Session:
                 dtype=self.flags.precision,
             )
 
-    def digest(self, train_size):
-        """Return a fingerprint of the first `train_size` training images, or of all (0)."""
-        kept = slice(train_size or None)
-        return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
+    def digest(self, train_size, seed=None):
+        """Return a fingerprint of `train_size` training images, or of all (0).
+
+        Args:
+            train_size: how many.
+            seed: that drew them; by default that of the flags.
+        """
+        seed = self.flags.seed if seed is None else seed
+        return fingerprint(*datasets.training_images(self.dataset, train_size, seed))
 
     def has_images_of(self, training):
-        """Tell whether a run, given by its settings, trained on the images of --dataset."""
-        return training["data"] == self.digest(training["train_size"])
+        """Return whether a run, given by its settings, trained on the images of --dataset."""
+        size, seed = training["train_size"], training.get("seed")
+        if training["data"] == self.digest(size, seed):
+            return True
+        # Earlier versions took the first images of every data set.
+        first = fingerprint(self.dataset.x_train[:size], self.dataset.y_train[:size])
+        return size > 0 and training["data"] == first
 
     def load(self):
         """Restore the weights to examine, and print where they come from.
@@ -281,7 +292,10 @@ class Session:
             )
             return appearance.PLAIN
         self._compare_data()
-        return appearance.measure_appearance(data, self.dataset.inverted, self.dataset.subtracted)
+        dataset = self.dataset
+        return appearance.measure_appearance(
+            data, dataset.inverted, dataset.subtracted, dataset.white
+        )
 
     def show_picture(self, name, picture):
         """Show a picture (H, W, 3) in TensorBoard; it replaces that of an earlier command."""
