@@ -30,14 +30,18 @@ class CommandData(NamedTuple):
         """Return the names of the classes."""
         return self.dataset.class_names
 
-    def digest(self, train_size):
-        """Return a fingerprint of the first `train_size` training images, or of all (0)."""
-        kept = slice(train_size or None)
-        return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
+    def digest(self, train_size, seed):
+        """Return a fingerprint of `train_size` training images that a seed draws, or of all (0)."""
+        return fingerprint(*datasets.training_images(self.dataset, train_size, seed))
 
     def trained(self, training):
         """Return whether a run, given by its settings, trained on these training images."""
-        return training["data"] == self.digest(training["train_size"])
+        size = training["train_size"]
+        if training["data"] == self.digest(size, training["seed"]):
+            return True
+        # Earlier versions took the first images of every data set.
+        first = fingerprint(self.dataset.x_train[:size], self.dataset.y_train[:size])
+        return size > 0 and training["data"] == first
 
 
 def load_data(flags, report):
@@ -67,9 +71,8 @@ def load_data(flags, report):
         report(f"{dataset.name}: {note}")
     # More images than there are is the same run as all of them.
     train_size = flags.train_size if flags.train_size < len(dataset.y_train) else 0
-    train = compose(flags, dataset, dataset.x_train, dataset.y_train).subset(
-        slice(train_size or None)
-    )
+    images = datasets.training_images(dataset, train_size, flags.seed)
+    train = compose(flags, dataset, *images)
     if flags.data_deformation and not flags.multi_MNIST:
         background = datasets.even_background(dataset.x_train)
         train = train._replace(max_shift=config.MAX_SHIFT, background=background)

@@ -11,7 +11,7 @@ import utils
 from capsnet.config import TrainingConfig
 from commands.data import run_folders, run_name
 from commands.reports import outputs_of, summarize, training_seconds
-from figures import examples, image_files, plots
+from figures import examples, files, plots
 from figures.confusion import confusion_matrix
 from figures.pages import drawable_names
 from runtime.machine import provenance
@@ -58,7 +58,7 @@ def test(flags, argv, devices, data, weights):
     pictures = []
     if not data.test.overlap:
         pictures = [samples / "confusion_matrix.png", samples / "misclassified.png"]
-        image_files.write_png(pictures[0], matrix)
+        files.write_png(pictures[0], matrix)
         save_misclassified(pictures[1], data.test, plan, evaluation, names)
     elif has_capsules:
         pictures = [samples / "multi_MNIST.png"]
@@ -229,7 +229,7 @@ def save_misclassified(path, data, plan, evaluation, names):
         evaluation.scores[wrong],
         names,
     )
-    image_files.write_png(path, picture)
+    files.write_png(path, picture)
 
 
 def save_lengths(path, evaluation):
@@ -238,7 +238,7 @@ def save_lengths(path, evaluation):
     present = (evaluation.labels[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
     lengths, margins = evaluation.scores, (ops.M_MINUS, ops.M_PLUS)
     picture = plots.draw_length_histogram(lengths[present], lengths[~present], margins)
-    image_files.write_png(path, picture)
+    files.write_png(path, picture)
 
 
 def save_multi_sheet(path, network, data, plan, evaluation, names):
@@ -260,4 +260,4 @@ def save_multi_sheet(path, network, data, plan, evaluation, names):
         evaluation.predictions[chosen],
         names,
     )
-    image_files.write_png(path, picture)
+    files.write_png(path, picture)

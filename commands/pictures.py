@@ -5,7 +5,7 @@ from pathlib import Path
 from capsnet.errors import UserError
 from commands.data import run_folders
 from commands.reports import outputs_of, show_picture
-from figures import examples, grids, image_files, tweaks
+from figures import examples, files, grids, tweaks
 from figures.pages import drawable_names
 from model import TWEAKS
 from runtime.terminal import report_written
@@ -34,7 +34,7 @@ def reconstruction_test(flags, data, weights):
         "recon_samples_without_label_arrange": grids.overlay_digits(outputs.without_label),
     }
     for name, images in shown.items():
-        image_files.write_png(folder / f"{name}.png", grids.draw_grid(images))
+        files.write_png(folder / f"{name}.png", grids.draw_grid(images))
     page = examples.draw_reconstructions(
         outputs.canvas,
         outputs.with_label,
@@ -43,7 +43,7 @@ def reconstruction_test(flags, data, weights):
         outputs.predictions,
         drawable_names(data.class_names),
     )
-    image_files.write_png(folder / "reconstruction.png", page)
+    files.write_png(folder / "reconstruction.png", page)
     show_picture(run_folders(flags).logs, weights.metadata["step"], "reconstructions", page)
     report_written([folder / f"{name}.png" for name in (*shown, "reconstruction")])
 
@@ -60,10 +60,10 @@ def tweak_test(flags, data, weights):
     shown = [names[k] for k in longest]
     for dim, decoded in enumerate(images):
         page = tweaks.draw_tweak(decoded, TWEAKS, dim, shown)
-        image_files.write_png(folder / f"tweak_result_{dim}.png", page)
+        files.write_png(folder / f"tweak_result_{dim}.png", page)
     overview = tweaks.draw_tweak_overview(images[:, 0], TWEAKS, shown[0])
-    image_files.write_png(folder / "overview.png", overview)
-    image_files.write_gif(folder / "sweep.gif", tweaks.draw_sweep(images, TWEAKS, shown))
+    files.write_png(folder / "overview.png", overview)
+    files.write_gif(folder / "sweep.gif", tweaks.draw_sweep(images, TWEAKS, shown))
     show_picture(run_folders(flags).logs, weights.metadata["step"], "tweaks", overview)
     report_written(
         [

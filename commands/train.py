@@ -15,7 +15,7 @@ from capsnet.networks import NETWORKS
 from commands.data import fingerprint, run_folders, run_name
 from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with
-from figures import examples, image_files, plots, tweaks
+from figures import examples, files, plots, tweaks
 from figures.pages import drawable_names
 from inputs.appearance import KEY, measure_appearance
 from runtime import machine
@@ -198,7 +198,7 @@ def make_trainer(flags, config, devices, data, report):
     if flags.initial_weights:
         start_with_weights(flags, network, data, report)
     names = TrainingConfig._fields
-    appearance = measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+    appearance = measure_appearance(data.train, data.dataset)
     metadata = run_metadata(flags, network, data)
     return Trainer(
         network,
@@ -256,7 +256,7 @@ def run_metadata(flags, network, data):
         "initial_weights": fingerprint(*network.get_weights()) if flags.initial_weights else None,
         "freeze": frozen(flags),
         "precision": flags.precision,
-        "data": data.digest(data.train_size),
+        "data": data.digest(data.train_size, flags.seed),
         "class_names": list(data.class_names),
         "image_size": flags.image_size or None,
         "inverted": data.dataset.inverted,
@@ -293,7 +293,7 @@ def draw_learning_curves(logs, path, steps_per_epoch, name):
     curves = {name: read_scalars(logs / name)[0] for name in ("train", "validation")}
     curves = {name: scalars for name, scalars in curves.items() if "loss/total" in scalars}
     if curves:
-        image_files.write_png(path, plots.draw_learning_curves(curves, steps_per_epoch, name))
+        files.write_png(path, plots.draw_learning_curves(curves, steps_per_epoch, name))
         report_written([path])
 
 

@@ -224,7 +224,7 @@ def appearance_of(flags, weights):
         )
         return PLAIN
     check_data(weights, data)
-    return measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+    return measure_appearance(data.train, data.dataset)
 
 
 # --- Exported weights -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from PIL import Image
 
 import utils
 from capsnet import config
-from figures import image_files, plots
+from figures import files, plots
 from inputs import datasets
 from runtime import terminal
 from runtime.command_line import MOST, Flag, distinct, number, one_of, run_script
@@ -313,7 +313,7 @@ def draw(path, outcomes):
         plots.label_panel(panel, factor.capitalize(), sweep.unit)
     panels[0].set_ylabel("accuracy (%)", fontsize=7)
     panels[0].legend(fontsize=6, frameon=False)
-    image_files.write_png(path, plots.render(figure))
+    files.write_png(path, plots.render(figure))
 
 
 def compare(values):

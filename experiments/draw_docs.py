@@ -30,7 +30,7 @@ from experiment_lib import flags
 
 import utils
 from capsnet.errors import UserError
-from figures import examples, image_files, pages, plots, tweaks
+from figures import examples, files, pages, plots, tweaks
 from inputs import datasets
 from runtime import terminal
 from runtime.command_line import run_script
@@ -163,12 +163,12 @@ def draw_capsules(network, mnist, output):
     columns = np.stack([sweep.swept[sweep.dimensions] for sweep in shown])
     originals = mnist.x_test[[sweep.number for sweep in shown]]
     sweep = draw_sweep(originals, columns, TWEAKS, captions)
-    image_files.write_gif(output / "sweep.gif", sweep)
+    files.write_gif(output / "sweep.gif", sweep)
     first = best[0]
     rows = [f"{name} (dim {d})" for name, d in zip(PROPERTIES, first.dimensions, strict=True)]
     name = mnist.class_names[mnist.y_test[first.number]]
     arguments = first.swept[first.dimensions], TWEAKS, name, rows
-    image_files.write_png(output / "overview.png", tweaks.draw_tweak_overview(*arguments))
+    files.write_png(output / "overview.png", tweaks.draw_tweak_overview(*arguments))
     return [output / "sweep.gif", output / "overview.png"]
 
 
@@ -261,7 +261,7 @@ def draw_reconstructions(network, mnist, wrong, path):
         mnist.class_names,
         f"{title} test images",
     )
-    image_files.write_png(path, page)
+    files.write_png(path, page)
 
 
 # --- The tour -------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def draw_speed(page, path):
         rows = [row for row in rows if row[head] != "this tool, mixed_bfloat16"]
         names = [textwrap.fill(row[head], 30) for row in rows]
         panels.append((f"{title}, 64 images", names, [_number(row["ms"]) for row in rows], "ms"))
-    image_files.write_png(path, draw_bars(panels))
+    files.write_png(path, draw_bars(panels))
 
 
 def draw_bars(panels):

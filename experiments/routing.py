@@ -15,7 +15,7 @@ from experiment_lib import flags
 
 import utils
 from capsnet import errors
-from figures import image_files, plots
+from figures import files, plots
 from inputs import datasets
 from runtime import machine
 from runtime.command_line import MOST, Flag, number, path_name, run_script
@@ -132,7 +132,7 @@ def draw(path, changes, entropies):
     right.axhline(np.log2(CLASSES), color="#b0b0b0", lw=0.8, ls="--", label="all couplings equal")
     right.legend(fontsize=7, frameon=False)
     plots.label_panel(right, "Entropy of the couplings, bits", "iteration")
-    image_files.write_png(path, plots.render(figure))
+    files.write_png(path, plots.render(figure))
 
 
 def watch(values):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from figures.files import DPI
 from figures.grids import arrange, enlarge, to_rgb
-from figures.image_files import DPI
 from utils import printable
 
 INK, FAINT, RED, GREY = "#222222", "#808080", "#c0392b", "#e4e6e8"

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from figures.image_files import DPI
+from figures.files import DPI
 from figures.pages import FAINT, GREY, INK, is_drawable
 
 LINE_COLORS = "#20639b", "#c0392b"

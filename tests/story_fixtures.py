@@ -5,7 +5,7 @@ import json
 import pytest
 from story import ROOT, SMALL, Story, first_images, load_all
 
-from figures import confusion, examples, grids, image_files, plots, tweaks
+from figures import confusion, examples, grids, files, plots, tweaks
 from inputs import datasets
 
 
@@ -48,7 +48,7 @@ def drawn(monkeypatch):
             if name.startswith("draw_"):
                 monkeypatch.setattr(module, name, spy_on_drawing(getattr(module, name)))
     for name in ("write_png", "write_gif"):
-        monkeypatch.setattr(image_files, name, spy_on_writing(getattr(image_files, name)))
+        monkeypatch.setattr(files, name, spy_on_writing(getattr(files, name)))
     return given
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 import ops
 from capsnet import config, errors
-from figures import examples, image_files, plots, tweaks
+from figures import examples, files, plots, tweaks
 from inputs import datasets
 from inputs.pipeline import Examples, batches
 
@@ -27,9 +27,7 @@ def saved(monkeypatch):
     found = {}
     monkeypatch.setattr(plots, "render", lambda figure: figure)
     for name in ("write_png", "write_gif"):
-        monkeypatch.setattr(
-            image_files, name, lambda path, picture: found.update({path.name: picture})
-        )
+        monkeypatch.setattr(files, name, lambda path, picture: found.update({path.name: picture}))
     return found
 
 

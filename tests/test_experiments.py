@@ -20,7 +20,7 @@ from capsnet import errors
 from capsnet.config import TrainingConfig
 from capsnet.errors import Interrupted
 from capsnet.networks import CNN_LAYERS, Layers
-from figures import image_files, plots
+from figures import files, plots
 from inputs import datasets
 from inputs.pipeline import Examples
 from runtime import command_line
@@ -67,7 +67,7 @@ def saved(monkeypatch):
     """The figures that are saved, and their paths."""
     figures_saved = []
     monkeypatch.setattr(plots, "render", lambda figure: figure)
-    monkeypatch.setattr(image_files, "write_png", lambda *args: figures_saved.append(args))
+    monkeypatch.setattr(files, "write_png", lambda *args: figures_saved.append(args))
     return figures_saved
 
 

@@ -277,6 +277,36 @@ def test_the_fingerprint_of_the_data_is_that_of_images_and_labels(few):
         assert session.digest(size) == hashlib.sha256(content).hexdigest()[:16]
 
 
+@pytest.fixture
+def own_images(tmp_path, monkeypatch):
+    """A .npz file of 60 images, sorted by their three classes."""
+    monkeypatch.setattr(datasets, "load_dataset", load_all)
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (60, 20, 20), np.uint8)
+    labels = np.repeat(np.arange(3, dtype=np.int32), 20)
+    np.savez("own.npz", x_train=images, y_train=labels, x_test=images[::9], y_test=labels[::9])
+    return images[..., None], labels
+
+
+def test_of_a_sorted_file_some_images_of_each_class_are_trained_drawn_by_the_seed(own_images):
+    words = [*FAST, "--dataset=own.npz", "--train_size=12"]
+    session, other = session_of(*words), session_of(*words, "--seed=1")
+    assert np.bincount(session.train_data.labels).tolist() == [4, 4, 4]
+    assert session.digest(12) != other.digest(12) and session.digest(0) == other.digest(0)
+    settings = {"train_size": 12, "seed": 0, "data": session.digest(12)}
+    assert session.has_images_of(settings) and other.has_images_of(settings)
+    assert not session.has_images_of(settings | {"seed": 1})
+
+
+def test_runs_of_earlier_versions_trained_on_the_first_images_and_are_known(own_images):
+    images, labels = own_images
+    session = session_of(*FAST, "--dataset=own.npz")
+    content = hashlib.sha256(images[:12].tobytes() + labels[:12].tobytes()).hexdigest()[:16]
+    assert session.has_images_of({"train_size": 12, "data": content})
+    assert not session.has_images_of({"train_size": 11, "data": content})
+    assert not session.has_images_of({"train_size": 0, "data": content})
+
+
 def test_the_data_of_the_program_are_used_from_anywhere_unless_another_folder_is_named(
     tmp_path, few, monkeypatch
 ):
