@@ -9,6 +9,7 @@ import numpy as np
 import utils
 from capsnet import config
 from inputs import datasets
+from inputs.appearance import measure_appearance
 from inputs.pipeline import Examples, split_validation
 from inputs.readers.dataset import Dataset
 from runtime.command_line import parse_size
@@ -29,6 +30,11 @@ class CommandData(NamedTuple):
     def class_names(self):
         """Return the names of the classes."""
         return self.dataset.class_names
+
+    def appearance(self):
+        """Return how the training images look."""
+        dataset = self.dataset
+        return measure_appearance(self.train, dataset.inverted, dataset.subtracted, dataset.white)
 
     def digest(self, train_size, seed):
         """Return a fingerprint of `train_size` training images that a seed draws, or of all (0)."""

@@ -17,7 +17,7 @@ from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with
 from figures import examples, files, plots, tweaks
 from figures.pages import drawable_names
-from inputs.appearance import KEY, measure_appearance
+from inputs.appearance import KEY
 from runtime import machine
 from runtime.terminal import Display, plural, report_written
 from training.callbacks import Callback, Printing
@@ -198,7 +198,7 @@ def make_trainer(flags, config, devices, data, report):
     if flags.initial_weights:
         start_with_weights(flags, network, data, report)
     names = TrainingConfig._fields
-    appearance = measure_appearance(data.train, data.dataset)
+    appearance = data.appearance()
     metadata = run_metadata(flags, network, data)
     return Trainer(
         network,

@@ -14,7 +14,7 @@ from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
 from capsnet.metadata import complete, differences
 from capsnet.networks import NETWORKS, config_from
 from commands.data import load_data, run_folders, run_name
-from inputs.appearance import PLAIN, appearance_from, measure_appearance
+from inputs.appearance import PLAIN, appearance_from
 from training.checkpoints import METADATA, load_weights, newest_metadata
 from training.folders import claim
 
@@ -224,7 +224,7 @@ def appearance_of(flags, weights):
         )
         return PLAIN
     check_data(weights, data)
-    return measure_appearance(data.train, data.dataset)
+    return data.appearance()
 
 
 # --- Exported weights -----------------------------------------------------------------------------

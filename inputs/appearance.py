@@ -52,16 +52,18 @@ def appearance_from(metadata):
     )
 
 
-def measure_appearance(data, dataset):
+def measure_appearance(data, inverted=False, subtracted=None, white=None):
     """Return the Appearance of training images, or of the pairs composed of them.
 
     Args:
         data: Examples.
-        dataset: the Dataset that they are from.
+        inverted: see `Dataset`.
+        subtracted: see `Dataset`.
+        white: see `Dataset`.
     """
-    kept = {"subtracted": dataset.subtracted, "white": dataset.white}
+    kept = {"subtracted": subtracted, "white": white}
     if data.images.shape[-1] != 1:
-        return Appearance(None, None, dataset.inverted, **kept)
+        return Appearance(None, None, inverted, **kept)
     style = ink.measure_style(data.images)
     if not data.overlap:
         return Appearance(style, common_background(data.images), **kept)

@@ -5,7 +5,7 @@ import json
 import pytest
 from story import ROOT, SMALL, Story, first_images, load_all
 
-from figures import confusion, examples, grids, files, plots, tweaks
+from figures import confusion, examples, files, grids, plots, tweaks
 from inputs import datasets
 
 

@@ -98,7 +98,7 @@ def test_an_appearance_is_the_same_after_it_was_kept_as_json(digits, pairs):
     assert appearance_from({"shape": {}, "training": {}}) is None
 
 
-def test_the_keys_that_are_kept_are_those_that_matter(digits):
+def test_the_keys_that_are_kept_are_those_of_every_version(digits):
     plain = measure_appearance(digits).to_metadata()
-    assert set(plain) == {"ink_style", "ground"}
+    assert set(plain) == {"ink_style", "ground", "inverted", "subtracted", "white"}
     assert measure_appearance(digits, white=1023).to_metadata() == plain | {"white": 1023}
