@@ -315,6 +315,34 @@ def test_the_memory_estimated_for_a_capsnet_is_within_a_tenth_of_what_was_measur
     assert estimate / 1e6 == pytest.approx(megabytes, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "architecture, batch_size, side, megabytes",  # peaks of main.py --train --network=cnn
+    [
+        ("mnist", 16, 28, 2311),
+        ("mnist", 64, 28, 2742),
+        ("mnist", 128, 28, 3445),
+        ("mnist", 32, 40, 3660),
+        ("affine", 16, 28, 1244),
+        ("affine", 64, 28, 1394),
+        ("affine", 128, 28, 1691),
+        ("affine", 64, 48, 2206),
+        ("authors", 16, 28, 1564),
+        ("authors", 64, 28, 1841),
+        ("multi", 16, 28, 1525),
+        ("multi", 64, 28, 1827),
+        ("multi", 128, 28, 2323),
+        ("multi", 64, 36, 2351),
+    ],
+)
+def test_the_memory_estimated_for_a_cnn_is_within_a_tenth_of_what_was_measured(
+    architecture, batch_size, side, megabytes
+):
+    estimate = CNNConfig((side, side, 1), 10, architecture).memory(
+        batch_size, 3 * batch_size * side * side
+    )
+    assert estimate / 1e6 == pytest.approx(megabytes, rel=0.1)
+
+
 @pytest.mark.parametrize("classes, data_bytes", [(10, 0), (3, 10**9)])
 @pytest.mark.parametrize("kind", NETWORKS.values())
 def test_the_batch_that_fits_is_the_largest_whose_estimate_is_below_the_memory(
