@@ -73,6 +73,7 @@ EXAMPLES = [
         "the loss is not finite at step 7; the checkpoints before it are kept",
         {"what": "the loss is", "step": 7},
     ),
+    (errors.Interrupted(15), "stopped by signal 15", {"number": 15}),
 ]
 
 
@@ -88,10 +89,10 @@ def test_every_error_has_an_example():
     assert classes == {type(error) for error, *_ in EXAMPLES}
 
 
-def test_all_errors_but_those_of_the_command_line_are_caught_as_user_errors():
-    # UsageError has an exit code of its own.
+def test_all_errors_but_those_with_an_exit_code_of_their_own_are_caught_as_user_errors():
+    others = errors.UsageError, errors.Interrupted
     for error, *_ in EXAMPLES:
-        assert isinstance(error, errors.UserError) != isinstance(error, errors.UsageError)
+        assert isinstance(error, errors.UserError) != isinstance(error, others)
 
 
 def test_pretrained_weights_that_do_not_fit_are_a_network_mismatch():
