@@ -1,11 +1,10 @@
-"""Write files atomically, draw random numbers, read an image and fit it to a network."""
+"""Write files atomically, draw random numbers, and fit an image to a network."""
 
 import csv
 import hashlib
 import json
 import os
 import secrets
-import struct
 import tokenize
 import unicodedata
 import zipfile
@@ -141,60 +140,6 @@ def to_uint8(images):
 
 
 # --- Images ---------------------------------------------------------------------------------------
-
-
-def read_image(path):
-    """Read an image file, turned upright as its EXIF data say.
-
-    Transparent parts become white behind dark ink and black behind light ink.
-
-    Returns:
-        uint8 (H, W, 1), or (H, W, 3) if the image has colours.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":
-                return _deep_grey(image, holds_bytes=file.format != "PPM")
-            if "transparency" in image.info or "A" in image.getbands():
-                image = _flatten(image.convert("RGBA"))
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({error}); put a good one in its "
-            "place, or remove it"
-        ) from None
-    grey = (pixels == pixels[..., :1]).all()
-    return pixels[..., :1] if grey else pixels
-
-
-def _deep_grey(image, holds_bytes):
-    """Convert grey of 16 bits, or floats from 0 to 1, to uint8 (H, W, 1).
-
-    Args:
-        image: a Pillow image.
-        holds_bytes: whether whole numbers below 256 are bytes in a wide type. In a format whose
-            header says what white is, they are a dark image.
-    """
-    grey, largest = np.asarray(image, np.float64), 65535 if image.mode[0] == "I" else 1
-    if image.mode == "I" and grey.max() < 256 and holds_bytes:
-        largest = 255
-    if not 0 <= grey.min() <= grey.max() <= largest:
-        raise ValueError(
-            f"grey from {grey.min():g} to {grey.max():g}, expected at most 0 to {largest}"
-        )
-    return to_uint8(grey / largest)[..., None]
-
-
-def _flatten(image):
-    """Put an RGBA image on a white background if its ink is dark, else on a black one."""
-    *ink, alpha = np.moveaxis(np.asarray(image, np.float64), -1, 0)
-    dark = (np.mean(ink, axis=0) * alpha).sum() < 127.5 * alpha.sum()
-    background = Image.new("RGBA", image.size, "white" if dark else "black")
-    return Image.alpha_composite(background, image)
 
 
 def evenly(items, most=SAMPLE):

@@ -24,7 +24,7 @@ _TRAINING = {
     "multi_MNIST": False,
     "data_deformation": False,  # overlapping digits are shifted in any case
 }
-_APPEARANCE = {"inverted": False, "subtracted": None}
+_APPEARANCE = {"inverted": False, "subtracted": None, "white": None}
 
 
 def complete(metadata):

@@ -13,7 +13,7 @@ from capsnet.errors import UserError
 from commands.weights import appearance_of
 from figures import examples, image_files
 from figures.pages import drawable_names
-from inputs import ink
+from inputs import image_reader, ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background
 from model import CHUNK_SIZE
@@ -74,7 +74,9 @@ def predict(flags, weights):
     names, per_example = weights.class_names, weights.digits_per_example
     drawn, config = drawable_names(names), weights.network.config
     appearance = appearance_of(flags, weights)
-    pictures, failed = read_images(paths, config.image_shape, appearance)
+    pictures, failed, *_, notes = read_pictures(paths, config.image_shape, appearance)
+    for note in notes:
+        print(note)
     rows, captions, reconstructions = [], [], []
     for start in range(0, len(pictures), CHUNK_SIZE):
         chunk = pictures[start : start + CHUNK_SIZE]
@@ -98,7 +100,7 @@ def predict(flags, weights):
         image_files.write_png(sheet, page)
         report_written([folder / "predictions.csv", sheet])
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0]}")
+        raise UserError(f"{len(failed)} of {len(paths)} files could not be read: {failed[0][1]}")
 
 
 def in_words(best, per_example):
@@ -110,7 +112,7 @@ def in_words(best, per_example):
     return f"{predicted} ({scores})"
 
 
-def read_images(paths, shape, appearance):
+def read_pictures(paths, shape, appearance):
     """Read image files and make them look like the training images.
 
     Args:
@@ -119,7 +121,7 @@ def read_images(paths, shape, appearance):
         appearance: Appearance of the training images.
 
     Returns:
-        The Pictures of the files that can be read, and the errors of the others.
+        Readings of Pictures.
     """
     if shape[-1] not in (1, 3):
         raise UserError(
@@ -127,18 +129,19 @@ def read_images(paths, shape, appearance):
             f"{shape[-1]} channels, expected one of 1 or 3"
         )
     style = appearance.ink_style
-    pictures, failed = [], []
-    for path in paths:
+
+    def picture(path, original):
+        image, done = None, None
         try:
-            original = utils.read_image(path)
-        except UserError as error:
-            failed.append(str(error))
-            continue
-        image, done = place_ink(original, style, shape) if style else (None, None)
-        if image is None:  # photographs, or a page without ink
-            image, done = fit(original, shape, appearance)
-        pictures.append(Picture(path, thumbnail(original), image, done))
-    return pictures, failed
+            if style:
+                image, done = place_ink(original, style, shape)
+            if image is None:  # photographs, or a page without ink
+                image, done = fit(original, shape, appearance)
+        except Exception as error:  # the other files are predicted all the same
+            raise UserError(f"{path} cannot be made to fit ({error})") from error
+        return Picture(path, thumbnail(original), image, done)
+
+    return image_reader.read_images(paths, picture, appearance.white)
 
 
 def fit(image, shape, appearance):

@@ -198,7 +198,8 @@ def make_trainer(flags, config, devices, data, report):
     if flags.initial_weights:
         start_with_weights(flags, network, data, report)
     names = TrainingConfig._fields
-    appearance = measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+    dataset = data.dataset
+    appearance = measure_appearance(data.train, dataset.inverted, dataset.subtracted, dataset.white)
     metadata = run_metadata(flags, network, data)
     return Trainer(
         network,

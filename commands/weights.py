@@ -224,7 +224,8 @@ def appearance_of(flags, weights):
         )
         return PLAIN
     check_data(weights, data)
-    return measure_appearance(data.train, data.dataset.inverted, data.dataset.subtracted)
+    dataset = data.dataset
+    return measure_appearance(data.train, dataset.inverted, dataset.subtracted, dataset.white)
 
 
 # --- Exported weights -----------------------------------------------------------------------------

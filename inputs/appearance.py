@@ -18,6 +18,7 @@ class Appearance(NamedTuple):
     # What was done to all images when they were loaded, if their colours do not say it.
     inverted: bool = False
     subtracted: tuple[int, ...] | None = None  # colour of a background
+    white: int | None = None  # what stands for white in image files of more than 8 bits
 
     def to_metadata(self):
         """Return it as a dict that can be written as JSON."""
@@ -27,6 +28,7 @@ class Appearance(NamedTuple):
             "ground": self.background,
             "inverted": self.inverted,
             "subtracted": list(self.subtracted) if self.subtracted else None,
+            "white": self.white,
         }
 
 
@@ -46,28 +48,31 @@ def appearance_from(metadata):
         kept["ground"],
         kept["inverted"],
         tuple(subtracted) if subtracted else None,
+        kept["white"],
     )
 
 
-def measure_appearance(data, inverted=False, subtracted=None):
+def measure_appearance(data, inverted=False, subtracted=None, white=None):
     """Return the Appearance of training images, or of the pairs composed of them.
 
     Args:
         data: Examples.
         inverted: see `Dataset`.
         subtracted: see `Dataset`.
+        white: see `Dataset`.
     """
+    kept = {"subtracted": subtracted, "white": white}
     if data.images.shape[-1] != 1:
-        return Appearance(None, None, inverted, subtracted)
+        return Appearance(None, None, inverted, **kept)
     style = ink.measure_style(data.images)
     if not data.overlap:
-        return Appearance(style, common_background(data.images), subtracted=subtracted)
+        return Appearance(style, common_background(data.images), **kept)
     pairs = compose_pairs(data)
     background = common_background(pairs)
     paper = "dark" if style and style.light_ink else "light"
     if style is None or background != paper:  # dark ink vanishes where pairs are added up
-        return Appearance(None, background, subtracted=subtracted)
-    return Appearance(ink.style_of_pairs(style, pairs), background, subtracted=subtracted)
+        return Appearance(None, background, **kept)
+    return Appearance(ink.style_of_pairs(style, pairs), background, **kept)
 
 
 def compose_pairs(data):

@@ -91,7 +91,8 @@ def test_pairs_of_dark_ink_have_no_style_as_they_are_added_up(pairs):
 
 def test_an_appearance_is_the_same_after_it_was_kept_as_json(digits, pairs):
     for data in (digits, pairs, digits._replace(images=digits.images.repeat(3, -1))):
-        appearance = measure_appearance(data, inverted=True, subtracted=(40,))
+        appearance = measure_appearance(data, inverted=True, subtracted=(40,), white=4095)
+        assert appearance.white == 4095
         kept = json.loads(json.dumps({KEY: appearance.to_metadata()}))
         assert appearance_from(kept) == appearance
     assert appearance_from({"shape": {}, "training": {}}) is None

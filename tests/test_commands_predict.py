@@ -28,9 +28,9 @@ from commands.predict import (
     in_words,
     matching_files,
     predict,
-    read_images,
+    read_pictures,
 )
-from inputs import datasets
+from inputs import datasets, ink
 from inputs.appearance import KEY, compose_pairs, measure_appearance
 from inputs.pipeline import Examples
 
@@ -100,10 +100,11 @@ def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
 # ---------------------------------------------------------------- how they are read
 
 
-def read(path, x_train):
-    """Read an image file for a network trained on images: the Pictures, and what failed."""
-    appearance = measure_appearance(Examples(x_train, np.zeros(len(x_train), np.int32)))
-    return read_images([path], x_train.shape[1:], appearance)
+def read(*paths, x_train, **options):
+    """Read image files for a network trained on images: the Pictures, and what failed."""
+    data = Examples(x_train, np.zeros(len(x_train), np.int32))
+    appearance = measure_appearance(data, **options)
+    return read_pictures(paths, x_train.shape[1:], appearance)[:2]
 
 
 @pytest.mark.parametrize("light_training", [False, True, None])
@@ -119,7 +120,7 @@ def test_an_image_is_inverted_only_if_its_background_is_not_that_of_the_training
     digit = few.x_test[0, ..., 0]
     image = 255 - digit if light_image else digit
     save(tmp_path / "digit.png", image)
-    (picture,), failed = read(tmp_path / "digit.png", x_train)
+    (picture,), failed = read(tmp_path / "digit.png", x_train=x_train)
     inverted = light_training is not None and light_training != light_image
     assert picture.path == tmp_path / "digit.png"
     assert picture.done == ("inverted" if inverted else "unchanged")
@@ -131,7 +132,7 @@ def test_an_image_is_inverted_only_if_its_background_is_not_that_of_the_training
 def test_colour_images_are_never_inverted(tmp_path):
     dark = np.zeros((10, 28, 28, 3), np.uint8)
     save(tmp_path / "light.png", np.full((28, 28, 3), (250, 240, 230), np.uint8))
-    (picture,), _ = read(tmp_path / "light.png", dark)
+    (picture,), _ = read(tmp_path / "light.png", x_train=dark)
     assert picture.done == "unchanged" and picture.image[0, 0].tolist() == [250, 240, 230]
 
 
@@ -144,7 +145,7 @@ def test_the_ink_of_an_image_is_placed_as_the_training_images_have_it(tmp_path, 
     digit = few.x_test[4, ..., 0]
     grey = enlarged(digit)
     save(tmp_path / "a.png", np.stack([grey, grey, grey // 2 + 127], -1))
-    (picture,), _ = read(tmp_path / "a.png", few.x_train)
+    (picture,), _ = read(tmp_path / "a.png", x_train=few.x_train)
     words = re.fullmatch(
         r"ink of (\d+)×(\d+) pixels taken off light paper of 252×84, scaled and centred",
         picture.done,
@@ -163,7 +164,7 @@ def test_the_ink_of_an_image_is_placed_as_the_training_images_have_it(tmp_path, 
 
 def test_ink_on_dark_paper_is_said_to_be_so(tmp_path, few):
     save(tmp_path / "a.png", 255 - enlarged(few.x_test[4, ..., 0]))
-    (picture,), _ = read(tmp_path / "a.png", few.x_train)
+    (picture,), _ = read(tmp_path / "a.png", x_train=few.x_train)
     assert "off dark paper of 252×84" in picture.done
 
 
@@ -180,7 +181,7 @@ def test_an_image_is_fitted_as_a_whole_if_the_training_images_are_no_ink(tmp_pat
         images = few.x_train[:100].repeat(3, -1)
     page = enlarged(few.x_test[4, ..., 0])
     save(tmp_path / "a.png", page)
-    (picture,), _ = read(tmp_path / "a.png", images)
+    (picture,), _ = read(tmp_path / "a.png", x_train=images)
     whole, words = utils.fit_image(page[..., None], images.shape[1:], kind == "clothes")
     assert picture.done == words and "filled up at its edges, resized from 252×84" in words
     np.testing.assert_array_equal(picture.image, whole)
@@ -188,7 +189,7 @@ def test_an_image_is_fitted_as_a_whole_if_the_training_images_are_no_ink(tmp_pat
 
 def test_a_page_without_ink_is_fitted_as_a_whole(tmp_path, few):
     save(tmp_path / "a.png", np.full((60, 90), 230, np.uint8))
-    (picture,), _ = read(tmp_path / "a.png", few.x_train)
+    (picture,), _ = read(tmp_path / "a.png", x_train=few.x_train)
     assert picture.done == "inverted, filled up at its edges, resized from 90×60"
     assert (picture.image == 25).all()
 
@@ -197,10 +198,49 @@ def test_a_large_file_is_kept_small_for_the_sheet(tmp_path, few):
     page = np.full((600, 900, 3), (240, 230, 200), np.uint8)
     page[200:400, 300:320] = (20, 40, 160)
     save(tmp_path / "a.png", page)
-    (picture,), _ = read(tmp_path / "a.png", few.x_train)
+    (picture,), _ = read(tmp_path / "a.png", x_train=few.x_train)
     height, width, channels = picture.original.shape
     assert channels == 3 and width < 300 and abs(height / width - 2 / 3) < 0.01
     assert picture.original[0, 0].tolist() == [240, 230, 200]
+
+
+def test_grey_of_12_bits_in_16_is_scaled_by_the_range_of_all_files_or_of_the_training(
+    tmp_path, few
+):
+    bright, dark = few.x_test[0], few.x_test[1] // 3
+    paths = [tmp_path / "bright.png", tmp_path / "dark.png"]
+    for path, image in zip(paths, (bright, dark), strict=True):
+        save(path, image[..., 0].astype(np.uint16) * 16)  # up to 4080, and to 1360
+    pictures, failed = read(*paths, x_train=few.x_train)
+    for picture, image in zip(pictures, (bright, dark), strict=True):
+        assert np.abs(picture.image - np.rint(image * (16 / 4095 * 255))).max() <= 1
+    assert failed == []
+    # On its own the dark file does not say what is white, but the training images do.
+    ((_, error),) = read(paths[1], x_train=few.x_train)[1]
+    assert "grey of 16 bits from 0 to 1360 in 1 files" in str(error)
+    for white in 4095, 65535:
+        ((picture,), failed) = read(paths[1], x_train=few.x_train, white=white)
+        assert failed == [] and abs(picture.original.max() - 255 * 1360 / white) <= 1
+
+
+def test_an_unforeseen_error_of_one_file_is_named_and_the_others_are_read(
+    tmp_path, few, monkeypatch
+):
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for number, path in enumerate(paths):
+        save(path, np.roll(few.x_test[number, ..., 0], 9, 0))
+    place = ink.place
+
+    def fail(strokes, *args):
+        if fail.calls.append(1) or len(fail.calls) == 2:
+            raise IndexError("out of bounds")
+        return place(strokes, *args)
+
+    fail.calls = []
+    monkeypatch.setattr(ink, "place", fail)
+    pictures, ((path, error),) = read(*paths, x_train=few.x_train)
+    assert [picture.path for picture in pictures] == [paths[0], paths[2]] and path == paths[1]
+    assert str(error) == f"{path} cannot be made to fit (out of bounds)"
 
 
 def test_the_classes_of_images_are_those_of_the_network(few):
@@ -293,6 +333,22 @@ def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(t
     assert not (trained / "samples/predictions.csv").exists()
 
 
+def test_frames_and_bits_of_the_files_are_noted_before_the_predictions(trained, few):
+    digit = few.x_test[0, ..., 0]
+    save(trained / "a.png", digit.astype(np.uint16) * 16)
+    frames = [Image.fromarray(digit), Image.fromarray(255 - digit)]
+    frames[0].save(trained / "b.gif", save_all=True, append_images=frames[1:])
+    result = run(trained, "--predict=[ab].*", *FAST)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("a.png ("))
+    assert lines[first - 2 : first] == [
+        "grey of 16 bits from 0 to 4095 in 1 of 2 files, scaled to 0 to 255",
+        "1 of 2 files have several frames or pages, the first is used",
+    ]
+    assert lines[first + 1].startswith("b.gif (unchanged): ")
+
+
 def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "a.png", few.x_test[0, ..., 0])
@@ -354,8 +410,8 @@ def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
 
 def test_an_image_that_no_reader_knows_is_an_error_of_the_user(tmp_path, few):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
-    pictures, failed = read(tmp_path / "a.png", few.x_train)
-    assert pictures == [] and len(failed) == 1 and "a.png" in failed[0]
+    pictures, failed = read(tmp_path / "a.png", x_train=few.x_train)
+    assert pictures == [] and len(failed) == 1 and "a.png" in str(failed[0][1])
     with pytest.raises(UserError, match="matches no file"):
         matching_files(str(tmp_path / "b.png"))
 

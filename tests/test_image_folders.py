@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import utils
 from capsnet.errors import ImageSizesDiffer, UserError
 from inputs import datasets
+from inputs.image_reader import read_image
 from inputs.readers import image_folders
 
 
@@ -90,7 +90,9 @@ def small_set(root, splits=("train", "test"), classes=("cat", "dog"), count=2):
         for name in classes:
             for number in range(count):
                 value += 1
-                write(root / split / name / f"{number}.png", np.full((6, 4), value, np.uint8))
+                image = np.full((6, 4), value, np.uint8)
+                image[4, 2] = 255  # not so dark that it is doubted
+                write(root / split / name / f"{number}.png", image)
     return root
 
 
@@ -221,7 +223,7 @@ def test_the_files_of_the_test_images_are_known_in_their_order(tmp_path):
         data = load(small_set(tmp_path / f"pets{len(splits)}", splits, count=12))
         assert len(data.test_files) == len(data.x_test)
         for path, image in zip(data.test_files, data.x_test, strict=True):
-            np.testing.assert_array_equal(utils.read_image(path), image)
+            np.testing.assert_array_equal(read_image(path).pixels, image)
 
 
 def test_splits_without_a_test_folder_are_named(tmp_path):
@@ -295,3 +297,61 @@ def test_a_folder_without_classes_is_refused(tmp_path):
         with pytest.raises(UserError, match="or CLASS for two classes or more") as error:
             load(tmp_path / name)
         assert f"{tmp_path / name}: " in one_line(error)
+
+
+# --- What the pixels are --------------------------------------------------------------------------
+
+
+def deep_set(root, white, dtype=np.uint16):
+    """A folder of 16-bit images, whose pixels are a share of white: 0, 1/5, ..., 1."""
+    shares = np.linspace(0, 1, 6)
+    for split in "train", "test":
+        for number, name in enumerate(("cat", "dog")):
+            image = np.rint(white * np.roll(shares, number)).reshape(2, 3).astype(dtype)
+            image[image == white] //= 1 + (split == "test")  # the whole set decides, not a split
+            write(root / split / name / "0.png", image)
+    return root
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 65535])
+@pytest.mark.parametrize("options", [{}, {"image_size": (2, 3)}])
+def test_white_in_16_bits_is_the_end_of_the_range_of_the_whole_set(tmp_path, white, options):
+    data = load(deep_set(tmp_path / "deep", white), **options)
+    expected = [0, 51, 102, 153, 204, 255]
+    assert data.white == white
+    assert np.abs(np.sort(data.x_train.reshape(2, 6).astype(int)) - expected).max() <= 1
+    assert data.x_test.max() == 204 and data.x_train.dtype == np.uint8
+    said = f"grey of 16 bits from 0 to {white} in 4 of 4 files, scaled to 0 to 255"
+    assert (said in data.notes) is (white != 65535)
+    assert load(small_set(tmp_path / "pets")).white is None
+
+
+@pytest.mark.parametrize("white", [300, 1500, 16383])
+def test_a_folder_whose_white_is_unclear_is_refused_with_advice(tmp_path, white):
+    with pytest.raises(UserError, match=f"grey of 16 bits from 0 to {white} in 4 files") as error:
+        load(deep_set(tmp_path / "deep", white))
+    assert "multiply all pixels by 65535 / white" in one_line(error)
+
+
+def test_a_folder_of_nearly_black_images_is_refused(tmp_path):
+    """As those of 12 bits in 16 are in colour: Pillow drops the lower 8."""
+    for number, brightest in enumerate((1, 15, 16)):
+        root = tmp_path / str(number)
+        for split, name in np.ndindex(2, 2):
+            image = np.zeros((6, 4), np.uint8)
+            image[2, 2] = brightest
+            write(root / ("train", "test")[split] / "ab"[name] / "0.png", image)
+        if brightest == 16:
+            assert load(root).x_train.max() == 16
+            continue
+        with pytest.raises(UserError, match=f"largest value in all images is {brightest}, exp"):
+            load(root)
+
+
+def test_several_frames_in_a_file_are_said(tmp_path):
+    root = small_set(tmp_path / "pets")
+    frames = [Image.new("L", (4, 6), value) for value in (90, 120)]
+    frames[0].save(root / "train/cat/a.gif", save_all=True, append_images=frames[1:])
+    data = load(root)
+    assert data.notes == ("1 of 9 files have several frames or pages, the first is used",)
+    assert 90 in data.x_train and 120 not in data.x_train

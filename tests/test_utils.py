@@ -4,14 +4,12 @@ import hashlib
 import json
 import os
 import statistics
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import utils
 from capsnet.errors import UserError
@@ -186,130 +184,6 @@ def test_a_negative_seed_is_refused():
 
 # --- Images ---------------------------------------------------------------------------------------
 
-GREY = np.array([[0, 64, 128], [192, 255, 7]], np.uint8)
-
-
-@pytest.mark.parametrize(
-    "name, image",
-    [
-        ("L.png", Image.fromarray(GREY)),
-        ("RGB.png", Image.fromarray(np.stack([GREY] * 3, -1))),
-        ("I16.png", Image.fromarray(GREY.astype(np.uint16) * 257)),
-        ("F.tiff", Image.fromarray(GREY.astype(np.float32) / 255)),
-        ("I.tiff", Image.fromarray(GREY.astype(np.int32))),
-        ("I257.tiff", Image.fromarray(GREY.astype(np.int32) * 257)),
-        ("P.gif", Image.fromarray(GREY).convert("P")),
-        ("LA.png", Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (3, 2), 255)])),
-    ],
-)
-def test_grey_images_of_every_kind_become_the_same_bytes(tmp_path, name, image):
-    image.save(tmp_path / name)
-    pixels = utils.read_image(tmp_path / name)
-    assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, GREY[..., None])
-
-
-def test_black_and_white_bits_become_0_and_255(tmp_path):
-    Image.fromarray(GREY > 100).save(tmp_path / "bits.png")
-    pixels = utils.read_image(tmp_path / "bits.png")
-    assert pixels[..., 0].tolist() == [[0, 0, 255], [255, 255, 0]]
-
-
-def test_sixteen_bits_are_scaled_by_their_own_range_however_dark_the_image_is(tmp_path):
-    Image.fromarray(np.array([[0, 129, 255]], np.uint16)).save(tmp_path / "dark.png")
-    assert utils.read_image(tmp_path / "dark.png").ravel().tolist() == [0, 1, 1]
-
-
-def test_one_coloured_pixel_makes_an_image_one_in_colour(tmp_path):
-    pixels = np.stack([GREY] * 3, -1)
-    pixels[1, 2] = 7, 8, 7
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(utils.read_image(tmp_path / "a.png"), pixels)
-
-
-@pytest.mark.parametrize(
-    "orientation, upright",
-    [
-        (1, lambda image: image),
-        (2, np.fliplr),
-        (3, lambda image: np.rot90(image, 2)),
-        (4, np.flipud),
-        (5, np.transpose),
-        (6, lambda image: np.rot90(image, -1)),
-        (7, lambda image: np.rot90(image, 2).T),
-        (8, np.rot90),
-    ],
-)
-def test_a_photograph_is_turned_upright(tmp_path, orientation, upright):
-    image = Image.fromarray(GREY)
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "photo.png", exif=exif)
-    np.testing.assert_array_equal(utils.read_image(tmp_path / "photo.png")[..., 0], upright(GREY))
-
-
-@pytest.mark.parametrize(
-    "pixels, expected",
-    [
-        # Opaque ink, and the same ink where nothing of it is visible.
-        ([[255, 200, 200, 255], [255, 200, 200, 0]], [[255, 200, 200], [0, 0, 0]]),
-        ([[90, 0, 0, 255], [90, 0, 0, 0]], [[90, 0, 0], [255, 255, 255]]),
-        # Only what is visible decides whether the ink is dark.
-        (
-            [[90, 0, 0, 255], [255, 255, 255, 0], [255, 255, 255, 0]],
-            [[90, 0, 0], [255, 255, 255], [255, 255, 255]],
-        ),
-        # A fifth of black ink on white, and of light ink on black.
-        ([[0, 0, 0, 51], [60, 0, 0, 255]], [[204, 204, 204], [60, 0, 0]]),
-        ([[255, 255, 255, 51], [250, 255, 255, 255]], [[51, 51, 51], [250, 255, 255]]),
-    ],
-)
-def test_transparency_becomes_white_behind_dark_ink_and_black_behind_light_ink(
-    tmp_path, pixels, expected
-):
-    Image.fromarray(np.array([pixels], np.uint8)).save(tmp_path / "a.png")
-    assert utils.read_image(tmp_path / "a.png").tolist() == [expected]
-
-
-def test_a_transparent_colour_of_a_palette_is_transparent_too(tmp_path):
-    image = Image.fromarray(np.array([[0, 1, 1]], np.uint8), "P")
-    image.putpalette([10, 20, 30, 200, 0, 0])
-    image.save(tmp_path / "a.png", transparency=1)
-    expected = [[[10, 20, 30], [255] * 3, [255] * 3]]
-    assert utils.read_image(tmp_path / "a.png").tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "pixels", [GREY.astype(np.float32), GREY.astype(np.int32) - 1, GREY.astype(np.int32) * 300]
-)
-def test_grey_out_of_every_known_range_is_refused_with_its_range(tmp_path, pixels):
-    Image.fromarray(pixels).save(tmp_path / "wide.tiff")
-    span = f"grey from {pixels.min():g} to {pixels.max():g}, expected"
-    with pytest.raises(UserError, match=f"wide.tiff .*{span}") as error:
-        utils.read_image(tmp_path / "wide.tiff")
-    one_line(error)
-
-
-def test_what_is_no_whole_image_is_refused_naming_the_file(tmp_path):
-    Image.fromarray(np.stack([GREY] * 3, -1)).save(tmp_path / "good.png")
-    for content in (b"", b"no image", (tmp_path / "good.png").read_bytes()[:60]):
-        (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"bad.png cannot be read") as error:
-            utils.read_image(tmp_path / "bad.png")
-        one_line(error)
-
-
-def test_damaged_exif_data_are_an_error_in_one_line(tmp_path, monkeypatch):
-    Image.new("L", (9, 9)).save(tmp_path / "a.png")
-
-    def damaged(image):
-        raise struct.error("unpack requires a buffer of 2 bytes")
-
-    monkeypatch.setattr(utils.ImageOps, "exif_transpose", damaged)  # as for some WebP files
-    with pytest.raises(UserError, match="a.png cannot be read as an image") as error:
-        utils.read_image(tmp_path / "a.png")
-    one_line(error)
-
 
 def edge_pixels(image):
     """The pixels of the four sides, one by one; a corner belongs to two sides."""
@@ -433,22 +307,6 @@ def test_a_sample_is_spread_evenly_from_the_first_to_the_last():
     assert utils.evenly(numbers, 4).tolist() == [0, 1000, 2000, 3000]
     assert utils.evenly(numbers[:3], 4).tolist() == [0, 1, 2]
     assert len(utils.evenly(numbers)) == 1000
-
-
-@pytest.mark.parametrize("suffix, expected", [("tif", 100), ("png", 0), ("pgm", 0)])
-def test_a_dark_image_of_many_bits_is_dark_if_its_format_says_what_white_is(
-    tmp_path, suffix, expected
-):
-    dark = np.full((4, 5), 100, np.int32)
-    if suffix == "tif":  # 32 bits, which do not say it
-        Image.fromarray(dark).save(tmp_path / "a.tif")
-    elif suffix == "png":
-        Image.fromarray(dark.astype(np.uint16)).save(tmp_path / "a.png")
-    else:
-        header = b"P5 5 4 65535\n"
-        (tmp_path / "a.pgm").write_bytes(header + dark.astype(">u2").tobytes())
-    image = utils.read_image(tmp_path / f"a.{suffix}")
-    assert image.shape == (4, 5, 1) and (image == expected).all()
 
 
 @pytest.mark.parametrize(

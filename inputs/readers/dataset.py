@@ -1,4 +1,4 @@
-"""What every reader returns."""
+"""What every reader returns, and how images are drawn from it."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,14 @@ class Dataset(NamedTuple):
     y_test: np.ndarray
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user: what was changed in reading
-    x_validation: np.ndarray | None = None  # images of its val/ folder, if it has one
+    x_validation: np.ndarray | None = None  # images of its own for validation, if it has some
     y_validation: np.ndarray | None = None
     test_files: tuple[str, ...] | None = None  # image files in a folder, in the order of x_test
     held_out_seed: int | None = None  # that drew the test images, if the folder had none
     inverted: bool = False  # whether light and dark were swapped
     subtracted: tuple[int, ...] | None = None  # colour of the background that was subtracted
+    white: int | None = None  # what stands for white in image files of more than 8 bits
+    shuffled: bool = False  # whether the first training images are a fair sample of all
 
     def map_images(self, function):
         """Return the same data set with a function applied to each array of images."""
@@ -32,3 +34,26 @@ class Dataset(NamedTuple):
     def with_note(self, note):
         """Return the same data set with one more note."""
         return self._replace(notes=(*self.notes, note))
+
+
+def draw_by_class(labels, count, stream, skipped=0):
+    """Draw about the same share of each class.
+
+    Args:
+        labels: (N,) integers.
+        count: how many indices to draw.
+        stream: np.random.Generator.
+        skipped: with 0 each class is drawn from before any is drawn from twice; with 1 the larger
+            classes come first, so that small ones are not emptied.
+
+    Returns:
+        Indices of labels, sorted.
+    """
+    order = stream.permutation(len(labels))
+    position = np.empty(len(labels))  # how far through its class each one comes in this order
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        position[of_class] = np.arange(skipped, skipped + len(of_class)) / len(of_class)
+    rank = np.empty(len(labels), int)
+    rank[order] = np.arange(len(labels))
+    return np.sort(np.lexsort((rank, position))[:count])

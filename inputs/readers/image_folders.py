@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 from capsnet.errors import ImageSizesDiffer, UserError
-from inputs.readers.dataset import Dataset
-from utils import fit_image, printable, random_stream, read_image
+from inputs.image_reader import read_images
+from inputs.readers.dataset import Dataset, draw_by_class
+from utils import fit_image, printable, random_stream
 
 _SPLITS = {
     "train": {"train", "training"},
@@ -51,7 +52,7 @@ class Split(NamedTuple):
 def read_folders(folder, image_size, seed):
     """Read a Dataset from train/CLASS/* and test/CLASS/*, or from CLASS/*, in natural order."""
     names, files, skipped = _list_files(folder)
-    splits, notes, held_out_seed = _read_splits(files, image_size), [], None
+    held_out_seed, (splits, white, notes) = None, _read_splits(files, image_size)
     if skipped:
         kinds = (f"{count} {kind}" for kind, count in sorted(skipped.items()))
         notes.append(f"left out: {', '.join(kinds)}")
@@ -81,6 +82,7 @@ def read_folders(folder, image_size, seed):
         y_validation=validation.labels if validation else None,
         test_files=tuple(printable(str(path)) for path in splits["test"].files),
         held_out_seed=held_out_seed,
+        white=white,
     )
 
 
@@ -222,13 +224,15 @@ def _read_splits(files, image_size):
         image_size: (H, W) to make all images fit, or None if they are of one size.
 
     Returns:
-        Splits by name.
+        Splits by name, what stands for white in files of more than 8 bits, and notes.
 
     Raises:
-        UserError: some files cannot be read; it names the first of them.
+        UserError: some files cannot be read, or are too dark; it names the first of them.
         ImageSizesDiffer: there are several sizes, and `image_size` is None.
     """
-    images = _read_images([path for listed in files.values() for path, _ in listed], image_size)
+    images, white, notes = _read_files(
+        [path for listed in files.values() for path, _ in listed], image_size
+    )
     channels = max(image.shape[-1] for image in images)
     images = iter([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
     splits = {}
@@ -236,32 +240,35 @@ def _read_splits(files, image_size):
         paths, labels = zip(*listed, strict=True)
         stack = np.stack([next(images) for _ in paths])
         splits[name] = Split(stack, np.array(labels, np.int32), np.array(paths, object))
-    return splits
+    return splits, white, notes
 
 
-def _read_images(paths, image_size):
+def _read_files(paths, image_size):
     """Read image files; make them fit a size (H, W) unless it is None. They have one size then."""
-    images, damaged = [], []
-    for path in paths:
-        try:
-            image = read_image(path)
-        except UserError as error:
-            damaged.append((path, error))
-            continue
-        if image_size is not None:
-            image, _ = fit_image(image, (*image_size, image.shape[-1]), False)
-        images.append(image)
-    if len(damaged) == 1:
-        raise damaged[0][1]
-    if damaged:
+
+    def fitted(_, image):
+        if image_size is None:
+            return image
+        return fit_image(image, (*image_size, image.shape[-1]), False)[0]
+
+    images, errors, brightest, white, notes = read_images(paths, fitted)
+    if len({str(error) for _, error in errors}) == 1:
+        raise errors[0][1]
+    if errors:
         raise UserError(
-            f"{len(damaged)} files cannot be read as images: {_listed([p for p, _ in damaged])}; "
+            f"{len(errors)} files cannot be read as images: {_listed([p for p, _ in errors])}; "
             "put good ones in their places, or remove them"
+        )
+    if white is None and 1 <= brightest < 16:
+        raise UserError(
+            f"{paths[0].parent.parent}: the largest value in all images is {brightest}, expected "
+            "more than 15 of 255; if they have colours of 10 or 12 bits, or whole numbers "
+            "from 0 to 1, multiply them so that white is the largest value of the format"
         )
     for path, image in zip(paths, images, strict=True):
         if image.shape[:2] != images[0].shape[:2]:
             raise ImageSizesDiffer(path, image.shape[:2], paths[0], images[0].shape[:2])
-    return images
+    return images, white, list(notes)
 
 
 def _hold_out(folder, labels, seed):
@@ -274,15 +281,7 @@ def _hold_out(folder, labels, seed):
         UserError: there are too few images.
     """
     stream = random_stream(seed, 0, "held-out test")
-    order = stream.permutation(len(labels))
-    # How far through its class each image comes in this order; the first sixth is held out.
-    position = np.empty(len(labels))
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        position[of_class] = np.arange(1, len(of_class) + 1) / len(of_class)
-    rank = np.empty(len(labels), int)
-    rank[order] = np.arange(len(labels))
-    chosen = np.lexsort((rank, position))[: len(labels) // 6]
+    chosen = draw_by_class(labels, len(labels) // 6, stream, skipped=1)
     held_out = np.zeros(len(labels), bool)
     held_out[chosen] = True
     if not len(chosen) or len(np.unique(labels[~held_out])) < len(np.unique(labels)):
@@ -290,4 +289,4 @@ def _hold_out(folder, labels, seed):
             f"{folder}: {len(labels)} images, too few to hold out a sixth of them as test images; "
             "use more, or make folders train and test"
         )
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return np.flatnonzero(~held_out), chosen
