@@ -327,28 +327,32 @@ def place(ink, style, shape):
     Returns:
         uint8 (H, W, 1).
     """
-    ink = _thicken(ink, style)
-    scale = style.box / max(ink.shape)
+    ink = _thicken(ink, style, _scale_to_fit(ink, style, shape))
+    scale = _scale_to_fit(ink, style, shape)
     size = [max(1, round(n * scale)) for n in ink.shape[::-1]]
     method = Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BICUBIC
     ink = np.clip(np.asarray(Image.fromarray(np.float32(ink)).resize(size, method)), 0, 1)
     ink = np.clip(ink / max(np.percentile(ink[ink > 0.1], 90), 0.3), 0, 1)  # as strong as a set's
-    canvas = np.zeros((3 * shape[0], 3 * shape[1]), np.float32)  # so that nothing is out of bounds
     centre = (np.array(ink.shape) - 1) / 2
     if style.by_mass:
         centre = np.array(ndimage.center_of_mass(ink))
+    canvas = np.zeros(shape[:2], np.float32)
     middle = (np.array(canvas.shape) - 1) / 2
-    top, left = np.rint(middle + style.offset - centre).astype(int)
+    corner = np.rint(middle + style.offset - centre).astype(int)
+    top, left = np.clip(corner, 0, np.subtract(canvas.shape, ink.shape))
     canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-    canvas = canvas[shape[0] : 2 * shape[0], shape[1] : 2 * shape[1]]
     if not style.light_ink:
         canvas = 1 - canvas
     return np.rint(255 * canvas).astype(np.uint8)[..., None]
 
 
-def _thicken(ink, style):
+def _scale_to_fit(ink, style, shape):
+    """Return the factor that makes ink as large as a data set's, but no larger than the image."""
+    return min(style.box / max(ink.shape), shape[0] / ink.shape[0], shape[1] / ink.shape[1])
+
+
+def _thicken(ink, style, scale):
     """Widen the strokes of a thin pen, which would nearly vanish when they are scaled."""
-    scale = style.box / max(ink.shape)
     missing = 0.75 * style.stroke / scale - stroke_width(ink)  # pixels
     if missing <= 0:
         return ink

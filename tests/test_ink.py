@@ -238,6 +238,21 @@ def test_another_box_on_another_canvas_is_filled_too():
     assert abs(down - 20) <= 0.75 and abs(right - 25) <= 0.75
 
 
+@pytest.mark.parametrize("size", [(300, 6), (6, 300), (200, 200), (90, 300), (1, 50), (50, 1)])
+@pytest.mark.parametrize("by_mass", [False, True])
+def test_ink_of_any_proportions_fits_into_a_wide_image(size, by_mass):
+    wide = MNIST_LIKE._replace(box=110, by_mass=by_mass, offset=(0, 0), stroke=3)
+    strokes = np.ones(size)
+    strokes[: size[0] // 2, : size[1] // 2] = 0.3  # its mass is not in the middle
+    image = ink.place(strokes, wide, (32, 128, 1))
+    rows, columns = (np.flatnonzero((image[..., 0] > 25).any(axis=axis)) for axis in (1, 0))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    scale = min(110 / max(size), 32 / size[0], 128 / size[1])
+    if min(size) > 6:  # thinner strokes are widened
+        assert abs(height - size[0] * scale) <= 1 and abs(width - size[1] * scale) <= 1
+    assert abs(max(height / 32, width / 110) - 1) < 0.12  # as large as can be
+
+
 def test_a_thin_pen_is_widened_and_a_thick_one_is_not():
     shape = (400, 400)
     thin, usual, thick = (
