@@ -68,7 +68,7 @@ FLAGS = {
         ("validation_check", False, None,
          "hold out a sixth of the training images; keep and test the weights with the lowest "
          "loss on them"),
-        ("train_size", 0, (0, 10**9), "use only the first N training images; 0: all"),
+        ("train_size", 0, (0, 10**9), "use only N training images, of MNIST the first ones; 0: all"),
         ("data_dir", "data", None, "folder of the data sets"),
     ],
     "Training": [

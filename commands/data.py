@@ -24,20 +24,31 @@ class CommandData(NamedTuple):
     validation: Examples | None  # to choose the best weights by
     test: Examples
     held_out: bool  # whether the images for validation are held out of the training images
+    seed: int  # draws the training images that are used, unless all are
 
     @property
     def class_names(self):
         """Return the names of the classes."""
         return self.dataset.class_names
 
-    def digest(self, train_size):
-        """Return a fingerprint of the first `train_size` training images, or of all (0)."""
-        kept = slice(train_size or None)
-        return fingerprint(self.dataset.x_train[kept], self.dataset.y_train[kept])
+    def digest(self, train_size, seed=None):
+        """Return a fingerprint of `train_size` training images, or of all (0).
+
+        Args:
+            train_size: how many.
+            seed: that draws them; by default that of this command.
+        """
+        seed = self.seed if seed is None else seed
+        return fingerprint(*datasets.training_images(self.dataset, train_size, seed))
 
     def trained(self, training):
         """Return whether a run, given by its settings, trained on these training images."""
-        return training["data"] == self.digest(training["train_size"])
+        size = training["train_size"]
+        if training["data"] == self.digest(size, training.get("seed")):
+            return True
+        # Earlier versions took the first images of every data set.
+        first = fingerprint(self.dataset.x_train[:size], self.dataset.y_train[:size])
+        return size > 0 and training["data"] == first
 
 
 def load_data(flags, report):
@@ -67,9 +78,7 @@ def load_data(flags, report):
         report(f"{dataset.name}: {note}")
     # More images than there are is the same run as all of them.
     train_size = flags.train_size if flags.train_size < len(dataset.y_train) else 0
-    train = compose(flags, dataset, dataset.x_train, dataset.y_train).subset(
-        slice(train_size or None)
-    )
+    train = compose(flags, dataset, *datasets.training_images(dataset, train_size, flags.seed))
     if flags.data_deformation and not flags.multi_MNIST:
         background = datasets.even_background(dataset.x_train)
         train = train._replace(max_shift=config.MAX_SHIFT, background=background)
@@ -80,7 +89,7 @@ def load_data(flags, report):
         trained, others = split_validation(len(train.labels), flags.seed)
         train, validation, held_out = train.subset(trained), train.subset(others), True
     test = compose(flags, dataset, dataset.x_test, dataset.y_test)
-    return CommandData(dataset, train_size, train, validation, test, held_out)
+    return CommandData(dataset, train_size, train, validation, test, held_out, flags.seed)
 
 
 def compose(flags, dataset, images, labels):

@@ -10,10 +10,20 @@ import numpy as np
 
 from capsnet.config import CLASS_NAMES
 from capsnet.errors import UserError
-from inputs.readers.idx import read_idx_files
+from inputs.readers.dataset import draw_by_class
+from inputs.readers.idx import read_idx_files, read_idx_pair
 from inputs.readers.image_folders import read_folders
 from inputs.readers.npz import read_npz
-from utils import edge_color, edge_pixels, evenly, fit_image, is_dark_on_light, printable
+from utils import (
+    ROOT,
+    edge_color,
+    edge_pixels,
+    evenly,
+    fit_image,
+    is_dark_on_light,
+    printable,
+    random_stream,
+)
 
 FORMS = (
     f"{', '.join(CLASS_NAMES)}, a .npz file with x_train, y_train, x_test and y_test, or a folder "
@@ -44,9 +54,9 @@ def load_dataset(name, data_dir, image_size=None, seed=0):
         return _fit_all(read_idx_files(name, Path(data_dir) / name), image_size)
     path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return invert_if_light(read_folders(path, image_size, seed))
+        return note_if_transposed(invert_if_light(read_folders(path, image_size, seed)))
     if path.suffix == ".npz":
-        return invert_if_light(_fit_all(read_npz(path), image_size))
+        return note_if_transposed(invert_if_light(_fit_all(read_npz(path), image_size)))
     raise UserError(f"unknown data set {name!r}; choose one of: {FORMS}")
 
 
@@ -57,6 +67,20 @@ def dataset_name(name):
     path = Path(os.path.expanduser(name))
     is_file = path.suffix == ".npz" and not path.is_dir()
     return printable(path.stem if is_file else path.resolve().name)
+
+
+def training_images(dataset, size, seed):
+    """Return `size` training images and their labels, or all of them if it is 0.
+
+    MNIST and the sets like it are shuffled, so their first images are taken. Other sets may be
+    sorted by class: of them the same share of each class is drawn by the seed.
+    """
+    if not size:
+        return dataset.x_train, dataset.y_train
+    kept = slice(size)
+    if not dataset.shuffled:
+        kept = draw_by_class(dataset.y_train, size, random_stream(seed, 0, "training images"))
+    return dataset.x_train[kept], dataset.y_train[kept]
 
 
 def _fit_all(dataset, image_size):
@@ -155,6 +179,37 @@ def subtract_background(images, color):
     """Subtract the colour (C,) of a background from images, uint8 (..., C), clipped at 0."""
     color = np.array(color, np.uint8)
     return np.maximum(images, color) - color
+
+
+def note_if_transposed(dataset):
+    """Note it if the digits of a Dataset look transposed, as EMNIST's files store them.
+
+    They do if the mean images of most digits, transposed, are likest MNIST's of the same digits.
+    """
+    digits, folder = CLASS_NAMES["mnist"], ROOT / "data" / "mnist"
+    known = set(digits) <= set(dataset.class_names) and dataset.x_train.shape[1:] == (28, 28, 1)
+    if not known or not folder.is_dir():
+        return dataset
+    numbers = [dataset.class_names.index(digit) for digit in digits]
+    means = _class_means(dataset.x_train, dataset.y_train, numbers)
+    expected = _class_means(*read_idx_pair(folder, "t10k", "mnist"), range(len(digits)))
+    upright, transposed = (
+        np.count_nonzero(np.tensordot(these, expected, ([1, 2], [1, 2])).argmax(1) == range(10))
+        for these in (means, means.swapaxes(1, 2))
+    )
+    if not transposed >= 5 > upright:
+        return dataset
+    return dataset.with_note(
+        "its digits look transposed, as EMNIST's are stored; to predict upright ones, swap rows "
+        "and columns of all images"
+    )
+
+
+def _class_means(images, labels, numbers):
+    """Return the mean images (K, H, W) of K classes, shifted and scaled to mean 0 and norm 1."""
+    means = np.stack([evenly(images[labels == number])[..., 0].mean(axis=0) for number in numbers])
+    means -= means.mean(axis=(1, 2), keepdims=True)
+    return means / np.maximum(np.linalg.norm(means, axis=(1, 2), keepdims=True), 1e-9)
 
 
 def _size_text(size):

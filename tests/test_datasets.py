@@ -14,6 +14,11 @@ from inputs.readers.dataset import Dataset
 DATA = Path(__file__).parent.parent / "data"
 
 
+@pytest.fixture(scope="module")
+def mnist():
+    return datasets.load_dataset("mnist", DATA)
+
+
 def one_line(error):
     text = str(error.value)
     assert text and "\n" not in text
@@ -105,8 +110,7 @@ def test_an_even_background_is_the_colour_of_nearly_all_edges():
     assert datasets.even_background(noise) is None
 
 
-def test_the_known_data_sets_have_a_black_background_and_are_not_changed():
-    mnist = datasets.load_dataset("mnist", DATA)
+def test_the_known_data_sets_have_a_black_background_and_are_not_changed(mnist):
     assert datasets.even_background(mnist.x_train).tolist() == [0]
     assert datasets.remove_background(mnist) is mnist and mnist.notes == ()
 
@@ -184,3 +188,145 @@ def test_a_data_set_has_the_name_that_is_known_without_loading_it(tmp_path, monk
         assert datasets.dataset_name(path) == datasets.load_dataset(path, None).name == name
     assert datasets.dataset_name("..") == datasets.load_dataset("..", None).name == "pics.npz"
     assert datasets.dataset_name("kmnist") == "kmnist"
+
+
+# --- Fewer training images ------------------------------------------------------------------------
+
+
+def sorted_set(counts, **options):
+    """A Dataset sorted by class, whose images are their own numbers."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    names = tuple(map(str, range(len(counts))))
+    return Dataset("a", images, labels, images[:5], labels[:5], names, **options)
+
+
+def numbers_of(dataset, size, seed=0):
+    images, labels = datasets.training_images(dataset, size, seed)
+    numbers = images.ravel().tolist()
+    assert labels.tolist() == dataset.y_train[numbers].tolist()
+    return numbers
+
+
+@pytest.mark.parametrize("size", [1, 100, 399])
+def test_of_mnist_the_first_images_are_used_whatever_the_seed(mnist, size):
+    """Its own order is random, and runs of earlier versions took the first."""
+    assert mnist.shuffled
+    for seed in 0, 1:
+        images, labels = datasets.training_images(mnist, size, seed)
+        np.testing.assert_array_equal(images, mnist.x_train[:size])
+        np.testing.assert_array_equal(labels, mnist.y_train[:size])
+
+
+def test_of_files_of_ones_own_images_of_each_class_are_drawn_by_the_seed():
+    dataset = sorted_set([100, 50, 10])
+    assert not dataset.shuffled
+    drawn = numbers_of(dataset, 32)
+    assert len(set(drawn)) == 32 and drawn == sorted(drawn)
+    counts = np.bincount(dataset.y_train[drawn])
+    assert np.abs(counts - [20, 10, 2]).max() <= 1
+    assert numbers_of(dataset, 32) == drawn != numbers_of(dataset, 32, seed=1)
+    assert set(dataset.y_train[numbers_of(dataset, 3)]) == {0, 1, 2}  # one of each before two
+
+
+def test_without_a_size_all_training_images_are_used_as_they_are():
+    dataset = sorted_set([4, 3])
+    images, labels = datasets.training_images(dataset, 0, 5)
+    assert images is dataset.x_train and labels is dataset.y_train
+
+
+def test_a_file_sorted_by_class_keeps_its_classes_and_a_folder_too(tmp_path):
+    images, labels = np.full((60, 5, 5), 200, np.uint8), np.repeat(np.arange(3), 20)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for number, label in enumerate(labels):
+        for split in "train", "test":
+            path = tmp_path / "a" / split / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[0]).save(path)
+    for name in "a.npz", "a":
+        dataset = datasets.load_dataset(str(tmp_path / name), "")
+        _, kept = datasets.training_images(dataset, 12, 0)
+        assert np.bincount(kept).tolist() == [4, 4, 4]
+
+
+# --- Orientation ----------------------------------------------------------------------------------
+
+
+def is_noted(images, labels, names=tuple("0123456789")):
+    dataset = Dataset("a", images, labels, images[:5], labels[:5], names)
+    noted = datasets.note_if_transposed(dataset)
+    assert noted._replace(notes=()) == dataset._replace(notes=())
+    return any("look transposed, as EMNIST's are stored" in note for note in noted.notes)
+
+
+@pytest.fixture(scope="module")
+def digits(mnist):
+    return mnist.x_train[:2000], mnist.y_train[:2000]
+
+
+def test_transposed_digits_are_noticed_by_the_means_of_their_classes(digits):
+    images, labels = digits
+    turned = images.swapaxes(1, 2)
+    for count in 100, 2000:
+        assert is_noted(turned[:count], labels[:count])
+        assert not is_noted(images[:count], labels[:count])
+    # Among letters too, as in EMNIST's other parts, and whatever the place of their names.
+    names = (*"ab", *reversed("0123456789"))
+    assert is_noted(turned, 11 - labels, names) and not is_noted(images, 11 - labels, names)
+    # Digits larger than MNIST's and blurred, as EMNIST's are.
+    larger = np.stack([
+        np.asarray(Image.fromarray(i[4:24, 4:24, 0]).resize((24, 24), Image.Resampling.BICUBIC))
+        for i in images
+    ])  # fmt: skip
+    larger = np.pad(larger, ((0, 0), (2, 2), (2, 2)))[..., None]
+    assert is_noted(larger.swapaxes(1, 2), labels) and not is_noted(larger, labels)
+
+
+def test_other_images_are_not_taken_for_transposed_digits(digits):
+    images, labels = digits
+    turned, stream = images.swapaxes(1, 2), np.random.default_rng(0)
+    for _ in range(20):  # other classes than the digits that they are named by
+        assert not is_noted(turned, stream.permutation(labels))
+        numbers = stream.permutation(10)
+        if (numbers == np.arange(10)).sum() < 4:
+            assert not is_noted(turned, numbers[labels])
+    noise = stream.integers(0, 256, images.shape, np.uint8)
+    assert not is_noted(noise, labels) and not is_noted(0 * noise, labels)
+    assert not is_noted(turned[:, :20], labels)  # of another size
+    assert not is_noted(turned, labels, tuple("abcdefghij"))
+    assert not is_noted(turned[:, :, ::-1], labels)
+
+
+def clothes(labels, stream):
+    """Solid shapes: tops, trousers, shoes and bags, as wide and high as the image allows."""
+    rows, columns = np.mgrid[:28, :28]
+    images = []
+    for label in labels:
+        width, height = stream.integers(4, 13), stream.integers(9, 14)
+        if label in (5, 7, 9):  # shoes
+            shape = (rows > 13) & (rows < 22) | (columns < 9) & (rows > 14 - label) & (rows < 22)
+        elif label == 1:  # trousers
+            shape = (abs(abs(columns - 13.5) - 4) < 2.5) | (rows < 7) & (abs(columns - 13.5) < 6)
+        elif label == 8:  # a bag
+            shape = (rows > 8) & (columns > 2) & (columns < 25)
+        else:  # a body with sleeves
+            shape = (abs(columns - 13.5) < width) | (rows < 2 + 2 * label) & (rows > 2)
+        images.append((shape & (abs(rows - 13.5) < height)) * stream.integers(90, 256))
+    return np.stack(images).astype(np.uint8)[..., None]
+
+
+def test_clothes_upright_or_not_are_not_taken_for_transposed_digits():
+    stream = np.random.default_rng(1)
+    labels = np.arange(1000, dtype=np.int32) % 10
+    images = clothes(labels, stream)
+    for turned in images, images.swapaxes(1, 2), np.rot90(images, 1, (1, 2)):
+        assert not is_noted(turned, labels)
+
+
+def test_transposed_digits_are_noticed_when_a_file_is_loaded(tmp_path, digits):
+    images, labels = digits
+    for turned, transposed in (images, False), (images.swapaxes(1, 2), True):
+        arrays = {"x_train": 255 - turned[:500], "y_train": labels[:500]}  # and dark on light
+        np.savez(tmp_path / "a.npz", **arrays, x_test=255 - turned[:5], y_test=labels[:5])
+        notes = datasets.load_dataset(str(tmp_path / "a.npz"), "").notes
+        assert any("transposed" in note for note in notes) is transposed

@@ -92,7 +92,7 @@ def _idx_path(folder, name):
     return next((path for path in (packed, *unpacked) if path.exists()), packed)
 
 
-def _read_idx_pair(folder, split, dataset):
+def read_idx_pair(folder, split, dataset):
     """Read images (N, H, W, 1) uint8 and labels (N,) int32 of one split; they must match."""
     classes = len(config.CLASS_NAMES[dataset])
     images = read_idx(_idx_path(folder, f"{split}-images-idx3-ubyte"), dataset)
@@ -108,9 +108,10 @@ def _read_idx_pair(folder, split, dataset):
 
 def read_idx_files(name, folder):
     """Read a Dataset from its four IDX files."""
-    x_train, y_train = _read_idx_pair(folder, "train", name)
-    x_test, y_test = _read_idx_pair(folder, "t10k", name)
+    x_train, y_train = read_idx_pair(folder, "train", name)
+    x_test, y_test = read_idx_pair(folder, "t10k", name)
     if x_train.shape[1:] != x_test.shape[1:]:
         sizes = f"{x_train.shape[1:]} in training, {x_test.shape[1:]} in test"
         raise DataFileError(folder, f"images are {sizes}, expected one size", name)
-    return Dataset(name, x_train, y_train, x_test, y_test, config.CLASS_NAMES[name])
+    names = config.CLASS_NAMES[name]
+    return Dataset(name, x_train, y_train, x_test, y_test, names, shuffled=True)
