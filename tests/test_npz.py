@@ -48,7 +48,7 @@ def test_an_npz_file_may_hold_grey_or_coloured_images_as_bytes_or_floats(tmp_pat
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"x_train": RAMP / 1.0}, r"float64 from 0.0 to \d+\.0, expected uint8, or floats"),
+        ({"x_train": RAMP / 2}, r"float64 from 0.0 to \d+\.\d, expected uint8, or floats"),
         ({"x_train": RAMP / np.float32("nan")}, "expected uint8, or floats"),
         ({"x_train": RAMP[..., None]}, r"expected \(N, H, W\)"),
         ({"x_train": RAMP[..., :2]}, "expected one size"),
@@ -150,9 +150,11 @@ def test_bytes_from_0_to_255_are_taken_as_they_are_without_a_word(tmp_path):
     "white, dtypes",
     [
         (1, [bool, np.uint8, np.int8, np.uint16, np.int64]),
-        (16, [np.uint8, np.int32, np.int64]),
-        (255, [np.uint16, np.int16, np.int32, np.uint32, np.int64, np.uint64]),
-        (65535, [np.uint16, np.int32, np.int64]),
+        (16, [np.uint8, np.int32, np.int64, np.float64]),  # scikit-learn's digits are floats
+        (255, [np.uint16, np.int16, np.int32, np.uint32, np.int64, np.uint64, np.float32]),
+        (1023, [np.uint16, np.int64, np.float16]),
+        (4095, [np.uint16, np.int32, np.float32]),
+        (65535, [np.uint16, np.int32, np.int64, np.float32]),
     ],
 )
 def test_whole_numbers_of_every_type_and_range_become_bytes_and_a_line_says_so(
@@ -177,14 +179,19 @@ def test_whole_numbers_of_every_type_and_range_become_bytes_and_a_line_says_so(
     "largest, dtype",
     [
         *((largest, np.uint8) for largest in (2, 7, 15)),
-        *((largest, np.int64) for largest in (2, 15, 17, 100, 256, 1023, 4095, 65536)),
+        *(
+            (largest, np.int64)
+            for largest in (2, 15, 17, 100, 256, 511, 1024, 2047, 4096, 20000, 65536)
+        ),
     ],
 )
 def test_whole_numbers_that_do_not_say_what_white_is_are_refused(tmp_path, largest, dtype):
     array = (BYTES.astype(int) % 2 * largest).astype(dtype)
     with pytest.raises(UserError, match="what stands for white is unclear") as error:
         load(tmp_path, **images(array))
-    assert f"from 0 to {largest}" in one_line(error) and "16, 255 or 65535" in str(error.value)
+    assert f"from 0 to {largest}" in one_line(error) and "16, 255, 1023, 4095 or 65535" in str(
+        error.value
+    )
 
 
 def test_test_images_need_not_reach_the_white_of_the_training_images(tmp_path):
@@ -213,10 +220,15 @@ def test_test_images_of_another_range_than_the_training_images_are_refused(tmp_p
         ((BYTES - 128.0) / 60, "if the images were standardized, undo that"),
         (np.where(BYTES > 250, np.nan, BYTES / 255), "NaN or infinite"),
         (np.where(BYTES > 250, np.inf, BYTES / 255), "numpy.nan_to_num(x_train)"),
-        (BYTES.astype(float), "divide them by the value of white"),
+        (BYTES / 2, "divide them by the value of white"),
         (BYTES.astype(complex), "complex128, expected uint8, or floats from 0 to 1"),
         (BYTES[:, None].repeat(3, 1).repeat(2, 2).repeat(2, 3), "numpy.moveaxis(x_train, 1, -1)"),
         (BYTES.reshape(12, 16)[:, :15], "for square images, (N, H * W)"),
+        (
+            np.zeros((12, 3072), np.uint8),
+            "write x_train.reshape(-1, 32, 32, 3), or, if the channels",
+        ),
+        (np.zeros((12, 3072), np.uint8), "numpy.moveaxis(x_train.reshape(-1, 3, 32, 32), 1, -1)"),
     ],
 )
 def test_images_that_cannot_be_used_get_the_advice_that_helps_them(tmp_path, array, advice):
@@ -299,3 +311,137 @@ def test_floats_that_were_scaled_twice_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     with pytest.raises(UserError, match="divided by 255 twice"):
         datasets.load_dataset(str(tmp_path / "a.npz"), "")
+
+
+@pytest.mark.parametrize(
+    "shape, remedy",
+    [
+        ((4, 4, 10), "numpy.moveaxis(x_train, -1, 0)"),
+        ((4, 4, 3, 10), "numpy.moveaxis(x_train, -1, 0)"),  # as in SVHN's files
+        ((16, 10), "x_train.T"),
+    ],
+)
+def test_images_along_the_last_axis_are_refused_and_the_remedy_is_right(tmp_path, shape, remedy):
+    right = np.random.default_rng(0).integers(0, 256, (10, *shape[:-1]), np.uint8)
+    right[0] = 255
+    x_train = np.moveaxis(right, 0, -1)
+    assert x_train.shape == shape
+    arrays = {"x_test": right[:2], "y_test": np.array([0, 1])}
+    with pytest.raises(UserError, match="with the images along the last axis") as error:
+        load(tmp_path, x_train=x_train, **arrays)
+    assert one_line(error).endswith(f"write {remedy}")
+    mended = eval(remedy, {"numpy": np, "x_train": x_train})
+    data = load(tmp_path, x_train=mended, **arrays)
+    assert data.x_train.tobytes() == right.tobytes()
+
+
+def test_labels_in_a_row_or_in_one_hot_columns_are_refused_with_a_remedy(tmp_path):
+    for labels, remedy in (
+        (np.arange(10)[None] % 3, "y_train.reshape(-1)"),
+        (
+            np.eye(3)[np.arange(10) % 3].T,
+            "y_train.T",
+        ),
+    ):
+        with pytest.raises(UserError, match="expected 10 integers from 0") as error:
+            load(tmp_path, y_train=labels)
+        assert one_line(error).endswith(f"write {remedy}")
+
+
+def test_floats_from_0_to_1_in_training_and_whole_numbers_in_test_are_refused(tmp_path):
+    for train, test in (BYTES / 255, BYTES / 1.0), (BYTES / 1.0, BYTES / 255):
+        with pytest.raises(UserError, match="x_test is .* while x_train is from 0 to"):
+            load(tmp_path, x_train=train[:10], x_test=test[10:])
+
+
+# --- Names and further arrays ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["U7", "S7"])
+def test_labels_may_be_text_and_the_classes_come_in_natural_order(tmp_path, kind):
+    names = np.array(["b10", "b9", "a"], kind)
+    data = load(tmp_path, y_train=names[np.arange(10) % 3], y_test=names[[1, 2]])
+    assert data.class_names == ("a", "b9", "b10")
+    assert data.y_train.dtype == np.int32
+    assert data.y_train.tolist() == [2, 1, 0] * 3 + [2] and data.y_test.tolist() == [1, 0]
+    assert data.notes == ("labels are text, 3 classes in natural order",)
+
+
+def test_text_that_is_no_utf_8_and_control_characters_are_escaped(tmp_path):
+    names = np.array([b"\xff", "\u00fc".encode(), b"a\nb"])
+    data = load(tmp_path, y_train=names[np.arange(10) % 3], y_test=names[[1, 2]])
+    assert set(data.class_names) == {"\\xff", "\u00fc", "a\\nb"}
+
+
+def test_text_and_numbers_as_labels_in_one_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="y_train is <U1, y_test is int64, expected numbers in all"):
+        load(tmp_path, y_train=np.array(list("abcabcabca")))
+    with pytest.raises(UserError, match="y_test up to d, expected .* all of them in y_train"):
+        load(tmp_path, y_train=np.array(list("abcabcabca")), y_test=np.array(["a", "d"]))
+
+
+def test_objects_as_labels_are_refused_with_what_to_write(tmp_path):
+    with pytest.raises(UserError, match="text as numpy.array.labels, str") as error:
+        load(tmp_path, y_train=np.array(list("abcabcabca"), object))
+    one_line(error)
+
+
+@pytest.mark.parametrize("kind", [str, "S9", object])
+def test_class_names_name_the_classes_by_their_numbers(tmp_path, kind):
+    names = np.array(["zebra", "ant", "cow"], kind)
+    if kind is object:
+        with pytest.raises(UserError, match="cannot be read"):
+            load(tmp_path, class_names=names)
+        return
+    data = load(tmp_path, class_names=names)
+    assert data.class_names == ("zebra", "ant", "cow") and data.notes == ()
+    assert data.y_train.tolist() == [0, 1, 2] * 3 + [0]
+
+
+def test_class_names_of_labels_with_gaps_are_as_many_as_classes_or_one_for_each_number(tmp_path):
+    labels = np.array([1, 3, 4])
+    arrays = {"y_train": labels[np.arange(10) % 3], "y_test": labels[[1, 2]]}
+    few, many = np.array(list("abc")), np.array(list("vwxyz"))
+    assert load(tmp_path, **arrays, class_names=few).class_names == ("a", "b", "c")
+    data = load(tmp_path, **arrays, class_names=many)
+    assert data.class_names == ("w", "y", "z") and data.y_test.tolist() == [1, 2]
+    assert data.notes[0] == "2 of class_names have no training images"
+    assert data.notes[1].endswith("the classes are named by class_names")
+    for names in (many[:2], many[:4], np.array(list("aab"))):
+        with pytest.raises(UserError, match="class_names has") as error:
+            load(tmp_path, **arrays, class_names=names)
+        one_line(error)
+
+
+def test_class_names_order_the_classes_of_text_labels(tmp_path):
+    labels = np.array(["cat", "dog", "ape"])
+    arrays = {"y_train": labels[np.arange(10) % 3], "y_test": labels[[1, 2]]}
+    data = load(tmp_path, **arrays, class_names=np.array(["dog", "eel", "cat", "ape"]))
+    assert data.class_names == ("dog", "cat", "ape")
+    assert data.y_train.tolist() == [1, 0, 2] * 3 + [1] and data.y_test.tolist() == [0, 2]
+    with pytest.raises(UserError, match="expected a name for each"):
+        load(tmp_path, **arrays, class_names=np.array(["dog", "cat", "bee"]))
+
+
+def test_images_for_validation_are_read_like_those_of_the_test(tmp_path):
+    validation = {"x_val": BYTES[:4] // 2, "y_val": np.array([2, 1, 0, 2])}
+    data = load(tmp_path, **validation)
+    np.testing.assert_array_equal(data.x_validation[..., 0], BYTES[:4] // 2)
+    assert data.y_validation.tolist() == [2, 1, 0, 2] and data.notes == ()
+    assert data.x_validation.dtype == np.uint8 and data.y_validation.dtype == np.int32
+    assert load(tmp_path).x_validation is None
+    for changes, named in (
+        ({"y_val": np.array([0, 1, 2])}, "y_val is int64 of shape .3,., expected 4 integers"),
+        ({"y_val": np.array([0, 1, 2, 3])}, "y_val up to 3, expected .* all of them in y_train"),
+        ({"x_val": BYTES[:4, :3]}, "in training and .3, 4, 1. in validation, expected one size"),
+        ({"x_val": BYTES[:4] / 255}, "x_train is uint8 and x_val float64, expected the same type"),
+    ):
+        with pytest.raises(UserError, match=named) as error:
+            load(tmp_path, **validation | changes)
+        one_line(error)
+    with pytest.raises(UserError, match="y_val is not a file in the archive"):
+        load(tmp_path, x_val=BYTES[:4])
+
+
+def test_arrays_that_are_not_used_are_named(tmp_path):
+    assert load(tmp_path, x_extra=BYTES, ids=np.arange(3)).notes == ("left out: x_extra, ids",)

@@ -1,63 +1,83 @@
-"""NumPy's .npz files of four arrays, of any numeric type and range."""
+"""NumPy's .npz files of arrays of images and labels, of any numeric type and range."""
 
 import math
 
 import numpy as np
 
 from capsnet.errors import UserError
+from inputs.levels import NAMED_WHITES, may_be_dark, scaled_to_bytes, white_of
 from inputs.readers.dataset import Dataset
-from utils import NPZ_ERRORS, open_npz, printable, to_uint8
+from inputs.readers.image_folders import natural_key
+from utils import NPZ_ERRORS, open_npz, printable
 
 _MAX_CLASSES = 1000  # more are probably a mistake in the labels
-# Values of white in whole numbers: bits, sums of 4×4 bits, bytes, 16 bits.
-_WHITES = (1, 16, 255, 65535)
+_SPLITS = {"train": "training", "test": "test", "val": "validation"}  # in names of arrays: in words
 
 
 def read_npz(path):
-    """Read a Dataset from four arrays."""
-    arrays, notes = _load_arrays(path), []
-    images = [
-        _shaped(path, f"x_{split}", arrays[f"x_{split}"], notes) for split in ("train", "test")
-    ]
-    sizes = [array.shape[1:] for array in images]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"{path}: images are {sizes[0]} in training and {sizes[1]} in test, expected one size"
-        )
-    x_train, x_test = _as_bytes(path, *images, notes)
-    labels = [
-        _whole_labels(path, f"y_{split}", arrays[f"y_{split}"], len(array), notes)
-        for split, array in (("train", x_train), ("test", x_test))
-    ]
-    y_train, y_test, names = _renumbered(path, *labels, notes)
-    notes = tuple(dict.fromkeys(notes))
-    return Dataset(printable(path.stem), x_train, y_train, x_test, y_test, names, notes)
+    """Read a Dataset from four arrays, or six with those of validation."""
+    arrays, notes = _load_arrays(path)
+    splits = [split for split in _SPLITS if f"x_{split}" in arrays]
+    images = {
+        split: _shaped(path, f"x_{split}", arrays[f"x_{split}"], arrays[f"y_{split}"], notes)
+        for split in splits
+    }
+    for split in splits[1:]:
+        sizes = images["train"].shape[1:], images[split].shape[1:]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{path}: images are {sizes[0]} in training and {sizes[1]} in {_SPLITS[split]}, "
+                "expected one size"
+            )
+    images = _as_bytes(path, images, notes)
+    labels = {
+        split: _plain_labels(path, f"y_{split}", arrays[f"y_{split}"], len(images[split]), notes)
+        for split in splits
+    }
+    numbered, names = _numbered(path, labels, arrays.get("class_names"), notes)
+    return Dataset(
+        printable(path.stem),
+        *(images["train"], numbered["train"], images["test"], numbered["test"], names),
+        notes=tuple(dict.fromkeys(notes)),
+        x_validation=images.get("val"),
+        y_validation=numbered.get("val"),
+    )
 
 
 def _load_arrays(path):
-    """Load the four arrays of a .npz file."""
+    """Load the arrays of a .npz file: a dict, and notes."""
     expected = "expected x_train, y_train, x_test and y_test as numpy.savez writes them"
+    needed = ["x_train", "y_train", "x_test", "y_test"]
     try:
         with open_npz(path) as file:
-            names = ("x_train", "y_train", "x_test", "y_test")
-            return {name: np.asarray(file[name]) for name in names}
+            if {"x_val", "y_val"} & set(file.files):
+                needed += ["x_val", "y_val"]
+            known = [*needed, *({"class_names"} & set(file.files))]
+            arrays = {name: np.asarray(file[name]) for name in known}
+            others = [printable(name) for name in file.files if name not in known]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a .npz file") from None
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}; {expected}") from None
     except NPZ_ERRORS as error:
+        if "allow_pickle" in str(error):
+            expected += ", and text as numpy.array(labels, str)"
         raise UserError(f"{path} cannot be read ({error}); {expected}") from None
+    return arrays, [f"left out: {', '.join(others)}"] if others else []
 
 
-def _shaped(path, name, array, notes):
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def _shaped(path, name, array, labels, notes):
     """Return images as (N, H, W, C); flat ones are square."""
     shape = array.shape
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: {name} is {array.dtype}, expected uint8, or floats from 0 to 1")
-    if array.ndim == 4 and shape[1] <= 4 < min(shape[2:]):
+    if advice := _advice_on_axes(name, shape, max(labels.shape, default=0)):
+        cause, remedy = advice
         raise UserError(
-            f"{path}: {name} has shape {shape}, with the channels first, expected (N, H, W, C); "
-            f"write numpy.moveaxis({name}, 1, -1)"
+            f"{path}: {name} has shape {shape}, {cause}, expected (N, H, W, C); write {remedy}"
         )
     if array.ndim == 2 and array.size:
         side = math.isqrt(shape[1])
@@ -73,58 +93,65 @@ def _shaped(path, name, array, notes):
     return images
 
 
-def _as_bytes(path, x_train, x_test, notes):
-    """Convert images to uint8: floats by their range of 0 to 1, whole numbers by what they are."""
-    ranges = [
-        _check_numbers(path, name, images)
-        for name, images in (("x_train", x_train), ("x_test", x_test))
-    ]
-    if (x_train.dtype.kind == "f") != (x_test.dtype.kind == "f"):
-        raise UserError(
-            f"{path}: x_train is {x_train.dtype} and x_test {x_test.dtype}, expected the same type"
+def _advice_on_axes(name, shape, count):
+    """Say what is wrong with the axes of images, and what to write; None if nothing seems to be.
+
+    Args:
+        name: name of the array.
+        shape: its shape.
+        count: number of labels.
+    """
+    if not math.prod(shape):
+        return None
+    if len(shape) in (3, 4) and shape[-1] == count != shape[0]:
+        return "with the images along the last axis", f"numpy.moveaxis({name}, -1, 0)"
+    if len(shape) == 4 and shape[1] <= 4 < min(shape[2:]):
+        return "with the channels first", f"numpy.moveaxis({name}, 1, -1)"
+    if len(shape) == 2 and shape[0] != count == shape[1]:
+        return "with the images along the last axis", f"{name}.T"
+    side = math.isqrt(shape[-1] // 3)
+    if len(shape) == 2 and side and 3 * side**2 == shape[1]:
+        return (
+            f"which may be {side}x{side} pixels in three colours",
+            f"{name}.reshape(-1, {side}, {side}, 3), or, if the channels come first, as in "
+            f"CIFAR-10's files, numpy.moveaxis({name}.reshape(-1, 3, {side}, {side}), 1, -1)",
         )
-    trained, converted = None, []
-    for name, images, (smallest, largest) in zip(
-        ("x_train", "x_test"), (x_train, x_test), ranges, strict=True
-    ):
-        if images.dtype.kind == "f":
-            converted.append(_scaled(images, 1))
-            continue
-        white = _white_of(images.dtype, largest)
-        if trained is not None and _may_be_dark(largest, trained):
+    return None
+
+
+def _as_bytes(path, images, notes):
+    """Convert images by split to uint8, by what stands for white in those of training."""
+    converted, trained, train = {}, None, images["train"]
+    for split, array in images.items():
+        name = f"x_{split}"
+        smallest, largest = _check_numbers(path, name, array)
+        if (train.dtype.kind == "f") != (array.dtype.kind == "f"):
+            raise UserError(
+                f"{path}: x_train is {train.dtype} and {name} {array.dtype}, expected the same type"
+            )
+        white = _white_of(array.dtype, largest)
+        if trained is not None and may_be_dark(largest, trained):
             white = trained
         if white is None or trained not in (None, white):
             there = "" if trained is None else f" while x_train is from 0 to {trained}"
             raise UserError(
-                f"{path}: {name} is {images.dtype} from {smallest} to {largest}{there}, so what "
+                f"{path}: {name} is {array.dtype} from {smallest} to {largest}{there}, so what "
                 "stands for white is unclear, expected uint8, or floats from 0 to 1, or whole "
-                "numbers from 0 to 1, 16, 255 or 65535; divide them by the value of white"
+                f"numbers from 0 to {NAMED_WHITES}; divide them by the value of white"
             )
-        trained = white
-        converted.append(_scaled(images, white))
-        if white != 255:
-            notes.append(f"images are {images.dtype} from 0 to {white}, scaled to 0 to 255")
-        elif images.dtype != np.uint8:
-            notes.append(f"images are {images.dtype} from 0 to 255, taken as uint8")
+        trained, converted[split] = white, scaled_to_bytes(array, white)
+        if white != 255 and (white > 1 or array.dtype.kind != "f"):
+            notes.append(f"images are {array.dtype} from 0 to {white}, scaled to 0 to 255")
+        elif white == 255 and array.dtype != np.uint8:
+            notes.append(f"images are {array.dtype} from 0 to 255, taken as uint8")
     return converted
 
 
 def _white_of(dtype, largest):
-    """Return the value of white in whole numbers up to `largest`, None if unclear."""
-    if dtype.kind == "b" or largest == 1:
+    """Return what stands for white in numbers of a type up to `largest`, None if unclear."""
+    if dtype.kind == "b" or (dtype.kind == "f" and largest <= 1):
         return 1
-    if largest == 16:
-        return 16
-    # Half of the range has to be in use, unless the type is that of bytes.
-    if largest <= 255 and (largest >= 128 or (dtype == np.uint8 and not 2 <= largest < 16)):
-        return 255
-    return 65535 if 32768 <= largest <= 65535 else None
-
-
-def _may_be_dark(largest, white):
-    """Return whether test images up to `largest` fit training images up to `white`."""
-    below = max((other for other in _WHITES if other < white), default=0)
-    return largest == 0 or below < largest <= white
+    return white_of(int(largest), of_bytes=dtype == np.uint8)
 
 
 def _check_numbers(path, name, images):
@@ -150,39 +177,46 @@ def _check_numbers(path, name, images):
         )
     if images.dtype.kind == "f" and 0 < largest < 0.1:
         raise UserError(f"{problem}, {expected}; were they divided by 255 twice?")
-    if images.dtype.kind == "f" and largest > 1:
+    if images.dtype.kind == "f" and largest > 1 and (images != np.rint(images)).any():
         raise UserError(f"{problem}, {expected}; divide them by the value of white")
     return smallest, largest
 
 
-def _scaled(images, largest):
-    """Convert images from 0 to `largest` to uint8 (N, H, W, C)."""
-    if largest == 255:
-        return images.astype(np.uint8, copy=False)
-    converted = np.empty(images.shape, np.uint8)
-    for n in range(0, len(images), 1000):  # in parts: the floats in between take much memory
-        part = images[n : n + 1000]
-        converted[n : n + 1000] = to_uint8(part / largest)
-    return converted
+# --- Labels ---------------------------------------------------------------------------------------
 
 
-def _whole_labels(path, name, labels, count, notes):
-    """Return labels as int64 (N,): from columns, one-hot rows, booleans or whole floats."""
+def _plain_labels(path, name, labels, count, notes):
+    """Return labels (N,) as text, or as int64: from columns, one-hot rows, booleans or floats."""
     if labels.shape == (count, 1):
         labels = labels.reshape(-1)
+    if labels.dtype.kind in "US" and labels.shape == (count,):
+        return _text(labels)
     numbers = labels.dtype.kind in "biuf"
     if numbers and labels.ndim == 2 and len(labels) == count and _is_one_hot(labels):
         notes.append(f"labels are one-hot rows of {labels.shape[1]}")
         return labels.argmax(axis=1)
     whole = numbers and labels.shape == (count,) and (labels == np.rint(labels)).all()
     if not whole or labels.min() < 0 or labels.max() > 2**31 - 1:
+        advice = ""
+        if labels.shape == (1, count):
+            advice = f"; write {name}.reshape(-1)"
+        elif labels.ndim == 2 and labels.shape[1] == count != len(labels):
+            advice = f"; if these are one-hot columns, write {name}.T"
         raise UserError(
             f"{path}: {name} is {labels.dtype} of shape {labels.shape}, expected {count} integers "
-            "from 0, or one-hot rows"
+            f"from 0, names of classes, or one-hot rows{advice}"
         )
     if labels.dtype.kind in "bf":
         notes.append(f"labels are {labels.dtype}, taken as integers")
     return labels.astype(np.int64)
+
+
+def _text(array):
+    """Return an array of text, bytes or numbers as printable text."""
+    texts = (
+        v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in array
+    )
+    return np.array([printable(text) for text in texts], str)
 
 
 def _is_one_hot(rows):
@@ -190,23 +224,84 @@ def _is_one_hot(rows):
     return bool((np.count_nonzero(rows, axis=1) == 1).all() and (rows.max(axis=1) == 1).all())
 
 
-def _renumbered(path, y_train, y_test, notes):
+def _numbered(path, labels, class_names, notes):
     """Number labels from 0 without gaps.
 
+    Args:
+        path: path of the file.
+        labels: by split, integers or text (N,).
+        class_names: array of names, or None.
+        notes: list that gets lines for the user.
+
     Returns:
-        Labels of training and test, int32 (N,), and the original numbers as names of the classes.
+        Labels by split, int32 (N,), and the names of the classes.
     """
-    classes, unknown = np.unique(y_train), np.setdiff1d(y_test, y_train)
-    if len(unknown) or not 2 <= len(classes) <= _MAX_CLASSES:
-        raise UserError(
-            f"{path}: y_train has {len(classes)} different labels up to {classes[-1]}, y_test up "
-            f"to {y_test.max()}, expected two classes or more, at most {_MAX_CLASSES}, and all of "
-            "them in y_train"
-        )
-    if classes[-1] != len(classes) - 1:
+    classes = np.unique(labels["train"])
+    _check_classes(path, classes, labels)
+    text = classes.dtype.kind == "U"
+    if class_names is not None:
+        names, order = _named(path, classes, _text(np.ravel(class_names)), notes)
+    elif text:
+        order = sorted(range(len(classes)), key=lambda n: natural_key(str(classes[n])))
+        names = [str(classes[n]) for n in order]
+        notes.append(f"labels are text, {len(names)} classes in natural order")
+    else:
+        names, order = map(str, classes), range(len(classes))
+    if not text and classes[-1] != len(classes) - 1:
+        source = "their original numbers" if class_names is None else "class_names"
         notes.append(
             f"{len(classes)} different labels from {classes[0]} to {classes[-1]} numbered from 0; "
-            "the classes are named by their original numbers"
+            f"the classes are named by {source}"
         )
-    numbered = (np.searchsorted(classes, labels).astype(np.int32) for labels in (y_train, y_test))
-    return (*numbered, tuple(map(str, classes)))
+    number = np.argsort(order).astype(np.int32)  # of each of the sorted classes
+    numbered = {split: number[np.searchsorted(classes, array)] for split, array in labels.items()}
+    return numbered, tuple(names)
+
+
+def _check_classes(path, classes, labels):
+    """Raise UserError if the number of classes cannot be, or some of them are not trained."""
+    if len({array.dtype.kind for array in labels.values()}) > 1:
+        kinds = ", ".join(f"y_{split} is {array.dtype}" for split, array in labels.items())
+        raise UserError(f"{path}: {kinds}, expected numbers in all of them, or text")
+    others = {split: np.unique(array) for split, array in labels.items() if split != "train"}
+    unknown = any(len(np.setdiff1d(array, classes)) for array in others.values())
+    if unknown or not 2 <= len(classes) <= _MAX_CLASSES:
+        listed = ", ".join(f"y_{split} up to {array[-1]}" for split, array in others.items())
+        raise UserError(
+            f"{path}: y_train has {len(classes)} different labels up to {classes[-1]}, {listed}, "
+            f"expected two classes or more, at most {_MAX_CLASSES}, and all of them in y_train"
+        )
+
+
+def _named(path, classes, class_names, notes):
+    """Find the names of the classes, and their order.
+
+    Args:
+        path: path of the file.
+        classes: the different labels, sorted.
+        class_names: names of the file.
+        notes: list that gets lines for the user.
+
+    Returns:
+        Names, and for each of them the place of its class in `classes`.
+    """
+    known = class_names.tolist()
+    if len(set(known)) < len(known):
+        raise UserError(f"{path}: class_names has a name twice, expected different names")
+    if classes.dtype.kind == "U":
+        names = [name for name in known if name in classes]
+        order = [int(np.searchsorted(classes, name)) for name in names]
+    else:
+        by_number = known if len(known) > classes[-1] else []
+        names = (
+            known if len(known) == len(classes) else [by_number[n] for n in classes if by_number]
+        )
+        order = list(range(len(names)))
+    if len(names) < len(classes):
+        raise UserError(
+            f"{path}: class_names has {len(known)} names, and y_train {len(classes)} different "
+            f"labels up to {classes[-1]}, expected a name for each"
+        )
+    if len(known) > len(names):
+        notes.append(f"{len(known) - len(names)} of class_names have no training images")
+    return names, order
