@@ -13,7 +13,7 @@ from capsnet.errors import UserError
 from commands.weights import appearance_of
 from figures import examples, files
 from figures.pages import drawable_names
-from inputs import image_files, ink
+from inputs import image_reader, ink
 from inputs.appearance import background_of
 from inputs.datasets import subtract_background
 from model import CHUNK_SIZE
@@ -141,7 +141,7 @@ def read_pictures(paths, shape, appearance):
             raise UserError(f"{path} cannot be made to fit ({error})") from error
         return Picture(path, thumbnail(original), image, done)
 
-    return image_files.read_images(paths, picture, appearance.white)
+    return image_reader.read_images(paths, picture, appearance.white)
 
 
 def fit(image, shape, appearance):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from capsnet.errors import ImageSizesDiffer, UserError
 from inputs import datasets
-from inputs.image_files import read_image
+from inputs.image_reader import read_image
 from inputs.readers import image_folders
 
 

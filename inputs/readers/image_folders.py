@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from capsnet.errors import ImageSizesDiffer, UserError
-from inputs.image_files import read_images
+from inputs.image_reader import read_images
 from inputs.readers.dataset import Dataset, draw_by_class
 from utils import fit_image, printable, random_stream
 

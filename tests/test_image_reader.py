@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from capsnet.errors import UserError
-from inputs import image_files
-from inputs.image_files import read_image, read_images
+from inputs import image_reader
+from inputs.image_reader import read_image, read_images
 
 
 def one_line(error):
@@ -340,4 +340,4 @@ def test_large_images_are_read_without_a_warning_and_larger_ones_refused(tmp_pat
     with pytest.raises(UserError, match="larger.png .*more than 178,956,970 pixels") as error:
         read_image(tmp_path / "larger.png")
     assert "reduce it" in one_line(error)
-    assert image_files.MAX_PIXELS == 178_956_970
+    assert image_reader.MAX_PIXELS == 178_956_970
