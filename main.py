@@ -161,7 +161,7 @@ ADVICE = {
     errors.NoCheckpoint: "train first (add --train; --validation_check needs a whole epoch), take "
     "the included weights (--pretrained), or name the folder of a trained network",
     errors.DamagedCheckpoints: "train again with --train --restart",
-    errors.NetworkMismatch: "give the flags that it was trained with, or another folder",
+    errors.NetworkMismatch: "name another folder, or train again with --train --restart",
     errors.PretrainedMismatch: "leave these flags out, or train without these weights",
     errors.NoPretrainedWeights: "train first (--train), without --pretrained",
     errors.RunMismatch: "give the same flags, or --restart to move it aside, or " + _OTHER_FOLDERS,

@@ -65,7 +65,7 @@ def refuse_bad_size(values):
 
 
 def is_utf8(name):
-    """Tell whether the name of a file is in UTF-8. Python keeps other bytes as surrogates."""
+    """Return whether the name of a file is in UTF-8. Python keeps other bytes as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -74,7 +74,7 @@ def is_utf8(name):
 
 
 def weights_suffice(values):
-    """Tell whether no mode needs the data set, and there are weights under its name."""
+    """Return whether no mode needs the data set, and there are weights under its name."""
     if any(getattr(values, mode) for mode in config.MODES_WITH_DATA):
         return False
     name = datasets.dataset_name(values.dataset)
@@ -150,5 +150,7 @@ def check_weights(values):
         )
     if values.initial_weights and not values.train:
         raise UsageError("--initial_weights starts training from these weights and needs --train")
+    if values.freeze and not values.train:
+        raise UsageError("--freeze leaves parts out of training and needs --train")
     if values.initial_weights and values["initialization"].present:
         raise UsageError("--initial_weights takes the place of --initialization; give one of them")

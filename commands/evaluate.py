@@ -47,7 +47,9 @@ def test(flags, argv, devices, data, weights):
         **provenance(),
     }
     print_result(result, evaluation, data.test.overlap)
-    header, rows = predictions_table(data.test, plan, evaluation, data.dataset.test_files)
+    header, rows = predictions_table(
+        data.test, plan, evaluation, weights.network.config.score, data.dataset.test_files
+    )
     utils.write_csv(folder / "predictions.csv", header, rows)
     utils.write_json(folder / "test.json", result)
     names = drawable_names(data.class_names)
@@ -86,7 +88,7 @@ def measure(network, devices, data, plan):
 
 
 def digits_right(evaluation):
-    """Tell for each digit (N, K) whether its class is among the predicted ones, in any order."""
+    """Return for each digit (N, K) whether its class is among the predicted ones, in any order."""
     return (evaluation.labels[:, :, None] == evaluation.predictions[:, None]).any(axis=2)
 
 
@@ -131,32 +133,33 @@ def confusion(evaluation, class_names):
     return {"confusion": matrix.tolist()}
 
 
-def predictions_table(data, plan, evaluation, test_files=None):
+def predictions_table(data, plan, evaluation, score, test_files=None):
     """Return the header and the rows of predictions.csv.
 
     A row has the numbers of the test images, counted from 0, the names of their classes and of the
-    predicted ones, and the length of each class's capsule. Of several pairs for each image only the
-    first is listed, as there may be millions.
+    predicted ones, and the score of each class. Of several pairs for each image only the first is
+    listed, as there may be millions.
 
     Args:
         data: Examples that was tested.
         plan: its Plan.
         evaluation: its Evaluation.
+        score: what classes are ranked by, see `capsnet.networks`.
         test_files: paths of the test images, if each is a file; then a column has them.
     """
     names, digits = data.class_names, [""]
     if data.overlap:
         digits = [f"_{place + 1}" for place in range(data.digits_per_example)]
     header = [column + digit for column in ("number", "label", "prediction") for digit in digits]
-    header += [f"length_{name}" for name in names]
+    header += [f"{score}_{name}" for name in names]
     parts = plan.index, evaluation.labels, evaluation.predictions, evaluation.scores
     rows = [
         [
             *numbers.tolist(),
             *(names[k] for k in (*labels, *predictions)),
-            *(round(float(length), 6) for length in lengths),
+            *(round(float(value), 6) for value in scores),
         ]
-        for numbers, labels, predictions, lengths in zip(
+        for numbers, labels, predictions, scores in zip(
             *(part[: len(data.labels)] for part in parts), strict=True
         )
     ]

@@ -10,7 +10,7 @@ import keras
 
 import model
 import utils
-from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UserError
+from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UsageError, UserError
 from capsnet.metadata import complete, differences
 from capsnet.networks import NETWORKS, config_from
 from commands.data import load_data, run_folders, run_name
@@ -94,6 +94,9 @@ def build_network(config, seed, devices, initialization=None, freeze=()):
         devices: Devices.
         initialization: see `capsnet.base.Network`; None if other weights follow.
         freeze: names of the parts that training leaves as they are.
+
+    Raises:
+        UsageError: there is no such part, or no other one.
     """
     options = {"conv": devices.conv, "dtype": devices.precision}
     if initialization:
@@ -101,9 +104,23 @@ def build_network(config, seed, devices, initialization=None, freeze=()):
     keras.utils.set_random_seed(seed)
     with devices.strategy.scope():
         network = model.build(config, **options)
-    for name in freeze:
-        network.parts()[name].trainable = False
+    freeze_parts(network, freeze)
     return network
+
+
+def freeze_parts(network, names):
+    """Leave parts of a network out of training.
+
+    Raises:
+        UsageError: there is no such part, or no other one.
+    """
+    parts = network.parts()
+    if not set(names) < set(parts):
+        unknown = ", ".join(map(repr, sorted(set(names) - set(parts))))
+        problem = f"the network has no {unknown}" if unknown else "nothing is left to train"
+        raise UsageError(f"--freeze: {problem}, expected some of {', '.join(parts)}")
+    for name in names:
+        parts[name].trainable = False
 
 
 def config_of(metadata, folder):

@@ -2,16 +2,23 @@
 
 import contextlib
 import io
+import json
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 import numpy as np
-from commands.session import Session
+import tensorflow as tf
 
 import main
+from capsnet.metadata import complete
+from commands.data import load_data
+from commands.devices import choose_devices
+from commands.train import frozen, make_trainer, network_config
+from commands.weights import Weights, build_network, load
 from inputs import datasets
 from model import CapsNet
 from training.checkpoints import Checkpoints, RunState
@@ -19,7 +26,8 @@ from training.checkpoints import Checkpoints, RunState
 ROOT = Path(__file__).parent.parent
 DATA = f"--data_dir={ROOT / 'data'}"
 NETWORK = ["--n_conv=8", "--n_primary=2", "--digit_dim=4"]
-FAST = [DATA, *NETWORK, "--jit=off"]
+QUICK = [DATA, "--jit=off"]
+FAST = [*QUICK, *NETWORK]
 TRAINING = ["--train_size=300", "--batch_size=20", "--learning_rate=0.01", "--epoch=1"]
 SMALL = [*FAST, *TRAINING]  # 15 steps
 PICTURES = {
@@ -99,7 +107,9 @@ def varied_network(image_shape=(28, 28, 1)):
     return network
 
 
-def save_checkpoint(folder, network, description=None, step=15, last_step=15, **training):
+def save_checkpoint(
+    folder, network, description=None, step=15, last_step=15, shape=None, **training
+):
     """Write a checkpoint of a network that was never trained, and return its metadata.
 
     Args:
@@ -108,20 +118,48 @@ def save_checkpoint(folder, network, description=None, step=15, last_step=15, **
         description: what else is saved with the weights, see `Trainer`.
         step: of the checkpoint.
         last_step: of the run.
+        shape: another description than that of the network's config, or None.
         **training: settings of the run that are not the default ones.
     """
     optimizer = keras.optimizers.Adam(name="adam")
     optimizer.build(network.trainable_variables)
     metadata = {
-        "shape": network.architecture,
+        "shape": shape or network.config.describe(),
         "training": RUN | training,
         "step": step,
         "last_step": last_step,
         **(description or {}),
     }
-    checkpoints = Checkpoints(folder, network, optimizer, n_sums=4)
-    checkpoints.save(RunState(step=step, sums=np.zeros(4)), metadata)
+    n_sums = len(network.config.loss_terms) + 2
+    checkpoints = Checkpoints(folder, network, optimizer, n_sums)
+    checkpoints.save(RunState(step=step, sums=np.zeros(n_sums)), metadata)
     return metadata
+
+
+def save_exported(folder, network, **training):
+    """Write weights.npz as an export has it, and return the values, rounded to float16.
+
+    Args:
+        folder: a new folder.
+        network: of any kind.
+        **training: settings of the run that are not the default ones.
+    """
+    halves = {v.path: v.numpy().astype(np.float16) for v in network.variables}
+    metadata = {"shape": network.config.describe(), "training": RUN | training, "step": 15}
+    folder.mkdir(parents=True)
+    np.savez(folder / "weights.npz", facts=json.dumps(metadata | {"seconds": None}), **halves)
+    return {path: half.astype(np.float32) for path, half in halves.items()}
+
+
+def write_events(path, *points):
+    """Write an event file of the total loss: (seconds, step), …"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for seconds, step in points:
+            event = tf.compat.v1.Event(wall_time=seconds, step=step)
+            tensor = tf.make_tensor_proto(1.0, tf.float32)
+            event.summary.value.add(tag="loss/total", tensor=tensor)
+            writer.write(event.SerializeToString())
 
 
 def first_images(dataset, n_train, n_test):
@@ -134,25 +172,57 @@ def first_images(dataset, n_train, n_test):
     )
 
 
-def make_session(*words, network=None, **training):
-    """Return the Session of a command line, as if the weights of a run had been loaded.
+class Command:
+    """A command line, and what its modes are given.
 
     Args:
-        *words: the command line.
-        network: CapsNet instead of the one that the flags give, or None.
+        *words: the command line. See `last_values`.
+    """
+
+    def __init__(self, *words):
+        self.argv = ["main.py", *last_values(words)]
+        self.flags = main.parse(self.argv)
+        self.devices = choose_devices(self.flags)
+
+    @cached_property
+    def data(self):
+        """The CommandData."""
+        return load_data(self.flags, print)
+
+    @property
+    def config(self):
+        """The config of the network that --train makes."""
+        return network_config(self.flags, self.data)
+
+    def network(self):
+        """The network that --train makes, with first weights."""
+        flags = self.flags
+        first = flags.initialization, frozen(flags)
+        return build_network(self.config, flags.seed, self.devices, *first)
+
+    def trainer(self, report=print):
+        """The Trainer that --train makes."""
+        return make_trainer(self.flags, self.config, self.devices, self.data, report)
+
+    def load(self):
+        """The Weights that the other modes examine."""
+        return load(self.flags, self.devices)
+
+
+def weights_of(network, **training):
+    """Return the Weights of a network, as if they had been loaded from a checkpoint.
+
+    Args:
+        network: of any kind.
         **training: settings of the run that are not the default ones.
     """
-    argv = ["main.py", *last_values(words)]
-    session = Session(main.parse(argv), argv)
-    if network is not None:
-        session.network = network
-    session.metadata = {
-        "shape": session.network.architecture,
+    metadata = {
+        "shape": network.config.describe(),
         "training": RUN | training,
         "step": 15,
         "last_step": 15,
     }
-    return session
+    return Weights(network, complete(metadata), Path("checkpoint/mnist"))
 
 
 class Story:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from story import ROOT, SMALL, Story, first_images, load_all
+from story import QUICK, ROOT, SMALL, Story, first_images, load_all
 
 from figures import confusion, examples, files, grids, plots, tweaks
 from inputs import datasets
@@ -59,10 +59,10 @@ def story(few, tmp_path_factory):
     story.type("deformed", "--train", "--data_deformation", *SMALL)
     story.type("same again", "--train", "--data_deformation", *SMALL)
     story.type("longer", "--train", "--data_deformation", *SMALL, "--epoch=2")
-    story.type("examined", "--test", "--tweak_test", "--reconstruction_test", *SMALL)
+    story.type("examined", "--test", "--tweak_test", "--reconstruction_test", *QUICK)
     story.json = json.loads((story.folder / "logs/mnist/test.json").read_text())
     story.type("validated", "--train", "--validation_check=True", *SMALL)
-    story.type("best tested", "--train=False", "--validation_check=True", "--test", *SMALL)
+    story.type("best tested", "--train=False", "--validation_check=True", "--test", *QUICK)
     return story
 
 
@@ -71,7 +71,6 @@ def pairs(few, tmp_path_factory):
     """The commands for overlapping digits."""
     story = Story(tmp_path_factory.mktemp("pairs"))
     story.type("trained", "--train", "--multi_MNIST", "--data_deformation", *SMALL)
-    story.type(
-        "examined", "--test", "--multi_MNIST", "--tweak_test", "--reconstruction_test", *SMALL
-    )
+    examine = ["--test", "--tweak_test", "--reconstruction_test"]
+    story.type("examined", "--multi_MNIST", *examine, *QUICK)
     return story

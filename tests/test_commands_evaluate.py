@@ -2,42 +2,41 @@ import csv
 import json
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from story import (
     DATA,
-    FAST,
-    NETWORK,
-    ROOT,
+    QUICK,
+    RUN,
+    Command,
     compose_slowly,
     decode,
-    load_all,
-    make_session,
     run,
     save_checkpoint,
     small_network,
     varied_network,
+    weights_of,
+    write_events,
 )
 
 import main
+from capsnet.metadata import complete_training
 from commands.evaluate import (
     confusion,
     digits_right,
     make_result,
-    measure,
     predictions_table,
     print_result,
     save_misclassified,
     save_multi_sheet,
     scores_per_class,
-    training_seconds,
 )
 from commands.evaluate import (
     test as run_test,
 )
+from commands.reports import training_seconds
 from inputs.pipeline import Examples, Plan, evaluation_plan
 from runtime import machine, terminal
 from training.evaluation import Evaluation
@@ -128,7 +127,7 @@ def test_the_table_of_predictions_has_a_row_for_each_image_or_for_its_first_pair
     scores = np.float32([[0.25, 0.5, 0.125, 0]] * 3)
     data = Examples(np.zeros((3, 2, 2, 1), np.uint8), np.array([1, 0, 1]), class_names=CLASSES)
     plan = Plan(np.array([[0], [1], [2]]), np.zeros((3, 1, 2)))
-    header, rows = predictions_table(data, plan, SINGLE._replace(scores=scores))
+    header, rows = predictions_table(data, plan, SINGLE._replace(scores=scores), "length")
     lengths = ["length_a", "length_b", "length_c", "length_d"]
     assert header == ["number", "label", "prediction", *lengths]
     assert rows == [
@@ -138,42 +137,33 @@ def test_the_table_of_predictions_has_a_row_for_each_image_or_for_its_first_pair
     ]
     two = data._replace(images=data.images[:2], labels=data.labels[:2], overlap=True)
     plan = Plan(np.array([[0, 1], [1, 0], [0, 1], [1, 0]]), np.zeros((4, 2, 2)))
-    header, rows = predictions_table(two, plan, PAIRS)
+    header, rows = predictions_table(two, plan, PAIRS, "probability")
     columns = ("number", "label", "prediction")
-    assert header == [*(f"{column}_{n}" for column in columns for n in (1, 2)), *lengths]
+    assert header[:6] == [f"{column}_{n}" for column in columns for n in (1, 2)]
+    assert header[6:] == [f"probability_{name}" for name in CLASSES]
     assert [row[:6] for row in rows] == [[0, 1, "a", "b", "b", "a"], [1, 0, "c", "a", "c", "b"]]
 
 
-@pytest.fixture
-def result_of(tmp_path, few, monkeypatch):
-    """A function that makes the result of an Evaluation."""
-    monkeypatch.chdir(tmp_path)
-
-    def result_of(evaluation, *words, **training):
-        session = make_session(*FAST, *words, **training)
-        session.dataset = session.dataset._replace(class_names=CLASSES)
-        return make_result(session, evaluation, 123.0)
-
-    return result_of
+@pytest.fixture(scope="module")
+def weights(few):
+    """The Weights of a network that was never trained."""
+    return weights_of(small_network())
 
 
-def test_the_result_has_the_numbers_counted_by_hand(result_of):
-    result = result_of(PAIRS, "--test", "--multi_MNIST", seed=4, reconstruction_weight=0.25)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_result_has_the_numbers_counted_by_hand(weights, overlap):
+    training = {"seed": 4, "reconstruction_weight": 0.25, "multi_MNIST": overlap}
+    ours = weights_of(weights.network, **training)
+    result = make_result(ours, PAIRS if overlap else SINGLE, CLASSES)
     numbers = {
-        "accuracy": 0.5,
-        "error_percent": 50.0,
-        "wrong": 2,
-        "images": 4,
-        "digit_accuracy": 0.75,
-        "margin_loss": 0.5,
-        "reconstruction_loss": 3.0,
-        "total_loss": 0.5 + 0.25 * 3.0,
-        "accuracy_per_class": {"a": 2 / 3, "b": 2 / 3, "c": 1.0, "d": None},
-        "images_per_second": 123.0,
-        "dataset": "multi_mnist",
-        "checkpoint_step": 15,
-        "seed": 4,
-        "training_seconds": None,
+        "accuracy": 0.5 if overlap else 2 / 3,
+        "error_percent": 50.0 if overlap else 100 / 3,
+        "wrong": 2 if overlap else 1,
+        "images": 4 if overlap else 3,
+        "digit_accuracy": 0.75 if overlap else 2 / 3,
+        "margin_loss": 0.5 if overlap else 0.25,
+        "reconstruction_loss": 3.0 if overlap else 40,
+        "total_loss": 0.5 + 0.25 * 3.0 if overlap else 0.25 + 0.25 * 40,
     }
     for name, value in numbers.items():
         assert result[name] == pytest.approx(value), name
@@ -181,76 +171,40 @@ def test_the_result_has_the_numbers_counted_by_hand(result_of):
         *("accuracy", "error_percent", "wrong", "images", "digit_accuracy"),
         *("margin_loss", "reconstruction_loss", "total_loss", "accuracy_per_class"),
         *("precision_per_class", "recall_per_class", "f1_per_class"),
-        *("images_per_second", "dataset", "checkpoint_step", "seed", "training"),
-        *("training_seconds", "flags", "command", "machine", "commit", "date", "versions"),
+        *([] if overlap else ["confusion"]),
     ]
 
 
-def test_the_total_loss_has_the_weight_of_the_training_not_of_this_command(result_of):
-    result = result_of(SINGLE, "--test", "--reconstruction_weight=9", reconstruction_weight=0.125)
-    assert result["total_loss"] == 0.25 + 0.125 * 40
-    assert (result["wrong"], result["images"], result["digit_accuracy"]) == (1, 3, 2 / 3)
-
-
-def test_the_result_says_with_what_it_was_made(result_of, monkeypatch):
-    commits = ["at the start"]
-    monkeypatch.setattr(machine, "commit", lambda: commits[-1])
-    words = [*FAST, "--test", "--logdir=a b"]
-    session = make_session(*words)
-    commits.append("an hour later")
-    result = make_result(session, SINGLE, 1.0)
-    assert result["commit"] == "at the start"
-    assert shlex.split(result["command"]) == ["main.py", *words]
-    values = main.parse(["main.py", *words])
-    assert result["flags"] == {name: getattr(values, name) for name, *_ in main.ROWS}
-    assert result["training"] == session.metadata["training"]
-    assert result["versions"]["tensorflow"] == tf.__version__ and "numpy" in result["versions"]
-    assert result["machine"] == machine.describe_machine()
-    json.dumps(result)
-
-
-def test_the_result_is_printed_without_classes_that_are_not_in_the_test(result_of, capsys):
-    print_result(result_of(PAIRS, "--test", "--multi_MNIST"), PAIRS, True)
+def test_the_result_is_printed_without_classes_that_are_not_in_the_test(weights, capsys):
+    speed = {"images_per_second": 123.0}
+    print_result(make_result(weights, PAIRS, CLASSES) | speed, PAIRS, True)
     assert capsys.readouterr().out == (
         "Test accuracy 50.00% (both digits right; of single digits 75.00%), error 50.00%, "
         "2 of 4 pairs wrong\n"
         "Margin loss 0.50000, reconstruction loss 3.000, total 0.50150; 123 images/s\n"
         "Accuracy per class: a 66.67%, b 66.67%, c 100.00%\n"
     )
-    print_result(result_of(SINGLE, "--test"), SINGLE, False)
+    print_result(make_result(weights, SINGLE, CLASSES) | speed, SINGLE, False)
     assert capsys.readouterr().out == (
         "Test accuracy 66.67%, error 33.33%, 1 of 3 wrong\n"
         "Margin loss 0.25000, reconstruction loss 40.000, total 0.27000; 123 images/s\n"
         "Accuracy per class: a 0.00%, b 100.00%\n"
     )
+    of_cnn = SINGLE._replace(losses={"cross_entropy": 0.5})
+    print_result(make_result(weights, of_cnn, CLASSES) | speed, of_cnn, False)
+    shown = "\nCross entropy loss 0.50000, total 0.50000; 123 images/s\n"
+    assert shown in capsys.readouterr().out
 
 
-def write_events(path, *points):
-    """Write an event file of the total loss: (seconds, step), …"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for seconds, step in points:
-            event = tf.compat.v1.Event(wall_time=seconds, step=step)
-            tensor = tf.make_tensor_proto(1.0, tf.float32)
-            event.summary.value.add(tag="loss/total", tensor=tensor)
-            writer.write(event.SerializeToString())
-
-
-def test_the_seconds_of_training_are_those_of_all_its_starts_up_to_the_weights(
-    tmp_path, few, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    session = make_session(*FAST)
-    folder = Path("logs/mnist/train")
-    assert training_seconds(session) is None  # no events
-    write_events(folder / "events.out.tfevents.2.b", (5000, 10), (5020, 15), (5900, 16))
-    assert training_seconds(session) is None  # not from the first step
-    write_events(folder / "events.out.tfevents.1.a", (1000, 1), (1300, 9))
-    assert training_seconds(session) == 300 + 20
-    session.metadata["step"] = 17
-    assert training_seconds(session) is None  # not to the last step
-    session.metadata["seconds"] = 77.5  # of exported weights
-    assert training_seconds(session) == 77.5
+def test_the_seconds_of_training_are_those_of_all_its_starts_up_to_the_weights(tmp_path):
+    metadata, logs = {"step": 15}, tmp_path / "logs"
+    assert training_seconds(metadata, logs) is None  # no events
+    write_events(logs / "train/events.out.tfevents.2.b", (5000, 10), (5020, 15), (5900, 16))
+    assert training_seconds(metadata, logs) is None  # not from the first step
+    write_events(logs / "train/events.out.tfevents.1.a", (1000, 1), (1300, 9))
+    assert training_seconds(metadata, logs) == 300 + 20
+    assert training_seconds({"step": 17}, logs) is None  # not to the last step
+    assert training_seconds({"step": 17, "seconds": 77.5}, logs) == 77.5  # of exported weights
 
 
 # ---------------------------------------------------------------- the whole command
@@ -269,10 +223,15 @@ def scalars_of(folder):
     return scalars
 
 
-def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, few, drawn):
+def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(
+    tmp_path, few, drawn, monkeypatch
+):
     network = varied_network()
-    save_checkpoint(tmp_path / "checkpoint/mnist", network)
-    result = run(tmp_path, "--test", *FAST)
+    settings = {"seed": 4, "reconstruction_weight": 0.125}
+    save_checkpoint(tmp_path / "checkpoint/mnist", network, **settings)
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
+    words = ["--test", "--reconstruction_weight=9", *QUICK]
+    result = run(tmp_path, *words)
     assert result.code == 0 and result.err == ""
     lengths = network(few.x_test / np.float32(255))[0].numpy()
     predictions = lengths.argmax(axis=1)
@@ -303,6 +262,23 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
     assert (written["wrong"], written["images"]) == (len(wrong), 200)
     assert written["accuracy"] == pytest.approx(1 - len(wrong) / 200)
     assert written["images_per_second"] > 0
+    # The weight is that of the training run, not of this command.
+    assert written["total_loss"] == pytest.approx(
+        written["margin_loss"] + 0.125 * written["reconstruction_loss"]
+    )
+    # With what it was made.
+    assert list(written)[-12:] == [
+        *("images_per_second", "dataset", "checkpoint_step", "seed", "training"),
+        *("training_seconds", "flags", "command", "machine", "commit", "date", "versions"),
+    ]
+    assert (written["dataset"], written["checkpoint_step"], written["seed"]) == ("mnist", 15, 4)
+    assert written["training"] == complete_training(RUN | settings)
+    assert written["training_seconds"] is None and written["commit"] == "abc"
+    assert shlex.split(written["command"]) == ["main.py", *words]
+    values = main.parse(["main.py", *words])
+    assert written["flags"] == {name: getattr(values, name) for name, *_ in main.ROWS}
+    assert written["versions"]["tensorflow"] == tf.__version__ and "numpy" in written["versions"]
+    assert written["machine"] == machine.describe_machine()
     for number, name in enumerate(few.class_names):
         share = expected[number, number] / expected[number].sum()
         assert written["accuracy_per_class"][name] == pytest.approx(share)
@@ -337,8 +313,8 @@ def test_single_digits_are_counted_and_drawn_as_the_network_sees_them(tmp_path, 
 
 def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, few, drawn):
     network = varied_network((36, 36, 1))
-    save_checkpoint(tmp_path / "multi_checkpoint/multi_mnist", network)
-    result = run(tmp_path, "--test", "--multi_MNIST", "--multi_test_pairs=3", *FAST)
+    save_checkpoint(tmp_path / "multi_checkpoint/multi_mnist", network, multi_MNIST=True)
+    result = run(tmp_path, "--test", "--multi_MNIST", "--multi_test_pairs=3", *QUICK)
     assert result.code == 0 and "of 600 pairs wrong" in result.out
     plan = evaluation_plan(few.y_test, 4, True, 3)
     assert np.bincount(plan.index[:, 0]).tolist() == [3] * 200
@@ -375,45 +351,39 @@ def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, 
     assert len(drawn) == 2
 
 
-def test_the_evaluation_reports_its_progress_and_its_speed(few, monkeypatch):
+def test_the_evaluation_reports_its_progress_and_other_workers_than_the_chief_write_nothing(
+    tmp_path, few, monkeypatch
+):
     shown = []
     monkeypatch.setattr(
         terminal.Display, "show_count", lambda self, *args: shown.append(args), raising=True
     )
-    session = make_session(*FAST, network=varied_network())
-    evaluation, speed = measure(session, session.test_data.evaluation_plan())
-    assert len(evaluation.correct) == 200 and speed > 0
-    assert shown == [("Testing", 128, 200), ("Testing", 200, 200)]
-
-
-def test_other_workers_than_the_chief_write_nothing(tmp_path, few, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    session = make_session(*FAST, network=varied_network())
-    session.chief = False
-    run_test(session)
+    command = Command(*QUICK, "--test")
+    devices = command.devices._replace(chief=False)
+    weights = weights_of(varied_network())
+    run_test(command.flags, command.argv, devices, command.data, weights)
+    assert shown == [("Testing", 128, 200), ("Testing", 200, 200)]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_test_without_errors_draws_a_page_without_images(tmp_path, few, drawn, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    session = make_session(*FAST)
+def test_a_test_without_errors_draws_a_page_without_images(tmp_path, few, drawn):
+    data, path = Command("--test").data.test, tmp_path / "a.png"
     right = SINGLE._replace(correct=np.ones(3, bool), predictions=SINGLE.labels)
-    plan = session.test_data.evaluation_plan().take(slice(3))
-    assert save_misclassified(session, plan, right) == Path("samples/misclassified.png")
-    assert len(drawn["samples/misclassified.png"][0]) == 0
+    plan = data.evaluation_plan().take(slice(3))
+    save_misclassified(path, data, plan, right, data.class_names)
+    assert path.exists() and len(drawn[str(path)][0]) == 0
 
 
-def test_the_sheet_of_pairs_has_fourteen_right_ones_and_six_wrong_ones(
-    tmp_path, few, drawn, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    session = make_session(*FAST, "--multi_MNIST", network=varied_network((36, 36, 1)))
-    plan = session.test_data.evaluation_plan()
+def test_the_sheet_of_pairs_has_fourteen_right_ones_and_six_wrong_ones(tmp_path, few, drawn):
+    data, path = Command("--test", "--multi_MNIST").data.test, tmp_path / "a.png"
+    plan = data.evaluation_plan()
     correct = np.arange(200) % 3 > 0
     labels = few.y_test[plan.index]
     evaluation = Evaluation(np.zeros((200, 10)), labels[:, ::-1], labels, correct, {})
-    save_multi_sheet(session, plan, evaluation)
-    title, _, _, shown, guesses, _ = drawn["samples/multi_MNIST.png"]
+    network = varied_network((36, 36, 1))
+    save_multi_sheet(path, network, data, plan, evaluation, few.class_names)
+    title, _, _, shown, guesses, _ = drawn[str(path)]
     chosen = [n for n in range(200) if n % 3][:14] + [0, 3, 6, 9, 12, 15]
     np.testing.assert_array_equal(shown, labels[chosen])
     np.testing.assert_array_equal(guesses, labels[chosen, ::-1])
@@ -423,23 +393,12 @@ def test_the_sheet_of_pairs_has_fourteen_right_ones_and_six_wrong_ones(
     )
 
 
-def test_all_10000_test_images_are_counted_with_the_default_convolution_and_compiler(
-    tmp_path, all_images
-):
-    save_checkpoint(tmp_path / "checkpoint/mnist", varied_network())
-    result = run(tmp_path, "--test", DATA, *NETWORK)
-    mnist = load_all("mnist", ROOT / "data")
-    network, predictions = varied_network(), []
-    for start in range(0, 10000, 1000):
-        images = mnist.x_test[start : start + 1000] / np.float32(255)
-        predictions.extend(network(images)[0].numpy().argmax(axis=1))
-    wrong = int((predictions != mnist.y_test).sum())
-    (shown,) = re.findall(r", (\d+) of 10000 wrong", result.out)
+def test_the_default_convolution_and_compiler_count_the_same_errors(tmp_path, few):
+    network = varied_network()
+    save_checkpoint(tmp_path / "checkpoint/mnist", network)
+    result = run(tmp_path, "--test", DATA)
+    predictions = network(few.x_test / np.float32(255))[0].numpy().argmax(axis=1)
+    wrong = int((predictions != few.y_test).sum())
+    (shown,) = re.findall(r", (\d+) of 200 wrong", result.out)
     # Another convolution decides near-ties differently.
-    assert result.code == 0 and abs(int(shown) - wrong) <= 5 and wrong < 9900
-
-
-def test_weights_of_another_architecture_are_not_tested(tmp_path, few):
-    save_checkpoint(tmp_path / "checkpoint/mnist", small_network())
-    result = run(tmp_path, "--test", *FAST, "--digit_dim=5")
-    assert result.code == 1 and "digit_dim is 4 there and 5 here" in result.err
+    assert result.code == 0 and abs(int(shown) - wrong) <= 1 and wrong < 190

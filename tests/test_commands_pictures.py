@@ -2,10 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
-from story import FAST, compose_slowly, decode, make_session, varied_network
+from story import QUICK, Command, compose_slowly, decode, varied_network, weights_of
 
-from commands.pictures import outputs_of, reconstruction_test, tweak_test
+import commands.pictures
+from commands.pictures import reconstruction_test, tweak_test
+from commands.reports import outputs_of, show_picture
 from inputs.pipeline import evaluation_plan
 
 pytest_plugins = ["story_fixtures"]
@@ -14,6 +17,20 @@ pytest_plugins = ["story_fixtures"]
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was shown in TensorBoard."""
+    given = []
+    monkeypatch.setattr(commands.pictures, "show_picture", lambda *args: given.append(args))
+    return given
+
+
+def draw(mode, *words, network=None):
+    """Run a mode with a network, by default one of single digits."""
+    command = Command(*QUICK, f"--{mode.__name__}", *words)
+    mode(command.flags, command.data, weights_of(network or varied_network()))
 
 
 def results(few, overlap, count):
@@ -35,14 +52,11 @@ def overlay(network, capsules, classes):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_reconstructions_come_from_the_labels_and_from_the_longest_capsules(
-    few, drawn, overlap, capsys
+    few, drawn, shown, overlap, capsys
 ):
     network, canvas, capsules, labels, longest = results(few, overlap, 64)
     words = ["--multi_MNIST"] if overlap else []
-    session = make_session(*FAST, *words, "--sample_dir=out", network=network)
-    shown = []
-    session.show_picture = lambda *args: shown.append(args)
-    reconstruction_test(session)
+    draw(reconstruction_test, *words, "--sample_dir=out", network=network)
     with_label, with_label_grid = overlay(network, capsules, labels)
     without_label, without_label_grid = overlay(network, capsules, longest)
     assert np.abs(with_label_grid - without_label_grid).max() > 0.1
@@ -62,7 +76,8 @@ def test_the_reconstructions_come_from_the_labels_and_from_the_longest_capsules(
     np.testing.assert_array_equal(predictions, longest)
     assert names == few.class_names and len(drawn) == 4
 
-    ((tag, page),) = shown
+    ((logs, step, tag, page),) = shown
+    assert (logs, step) == (Path("logs/multi_mnist" if overlap else "logs/mnist"), 15)
     assert tag == "reconstructions"
     np.testing.assert_array_equal(page, np.asarray(Image.open("out/reconstruction.png")))
     for name in drawn:
@@ -74,7 +89,7 @@ def test_the_reconstructions_come_from_the_labels_and_from_the_longest_capsules(
 
 
 def test_the_grid_of_samples_has_the_first_64_test_images_in_order(few, drawn):
-    reconstruction_test(make_session(*FAST, network=varied_network()))
+    draw(reconstruction_test)
     pixels = np.asarray(Image.open("samples/samples_arrange.png"))
     assert pixels.shape[:2] == (3 * (8 * 29 - 1), 3 * (8 * 29 - 1))
     pixels = pixels if pixels.ndim == 2 else pixels[..., 0]
@@ -85,14 +100,10 @@ def test_the_grid_of_samples_has_the_first_64_test_images_in_order(few, drawn):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_tweak_adds_to_one_dimension_of_the_longest_capsule(few, drawn, overlap, capsys):
+def test_a_tweak_adds_to_one_dimension_of_the_longest_capsule(few, drawn, shown, overlap, capsys):
     network, canvas, capsules, _, longest = results(few, overlap, 3)
     words = ["--multi_MNIST"] if overlap else []
-    flags = ["--tweak_num=3", "--tweak_dir=out"]
-    session = make_session(*FAST, *words, *flags, network=network)
-    shown = []
-    session.show_picture = lambda *args: shown.append(args)
-    tweak_test(session)
+    draw(tweak_test, *words, "--tweak_num=3", "--tweak_dir=out", network=network)
     deltas = [-0.25, -0.2, -0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2, 0.25]
     names = [few.class_names[number] for number in longest[:, 0]]
     expected = np.zeros((4, 3, 11, *canvas.shape[1:]))
@@ -118,7 +129,8 @@ def test_a_tweak_adds_to_one_dimension_of_the_longest_capsule(few, drawn, overla
     np.testing.assert_allclose(steps, deltas, atol=1e-12)
     assert rows == names and len(drawn) == 6
 
-    ((tag, page),) = shown
+    ((logs, step, tag, page),) = shown
+    assert (logs, step) == (Path("logs/multi_mnist" if overlap else "logs/mnist"), 15)
     assert tag == "tweaks"
     np.testing.assert_array_equal(page, np.asarray(Image.open("out/overview.png")))
     assert capsys.readouterr().out == (
@@ -128,15 +140,30 @@ def test_a_tweak_adds_to_one_dimension_of_the_longest_capsule(few, drawn, overla
 
 def test_as_many_digits_are_tweaked_as_the_flag_says(few, drawn):
     for words, count in [([], 5), (["--tweak_num=2"], 2)]:
-        tweak_test(make_session(*FAST, *words, network=varied_network()))
+        draw(tweak_test, *words)
         assert len(drawn["tweak/tweak_result_0.png"][0]) == count
 
 
 def test_outputs_of_a_plan_are_arrays_in_its_order(few):
-    session = make_session(*FAST, network=varied_network())
     chosen = [150, 3, 77]
-    data = session.test_data
-    outputs, labels = outputs_of(session.network, data, data.evaluation_plan().take(chosen))
+    data = Command("--test").data.test
+    outputs, labels = outputs_of(varied_network(), data, data.evaluation_plan().take(chosen))
     assert all(isinstance(value, np.ndarray) for value in outputs)
     np.testing.assert_allclose(outputs.canvas, few.x_test[chosen] / np.float32(255), atol=1e-6)
     assert labels.tolist() == [[few.y_test[n]] for n in chosen]
+
+
+def test_a_picture_for_tensorboard_replaces_that_of_the_command_before(tmp_path):
+    for grey in (50, 200):
+        picture = np.full((5, 7, 3), grey, np.uint8)
+        show_picture(tmp_path, 15, "reconstructions", picture)
+    show_picture(tmp_path, 15, "tweaks", np.zeros((2, 2, 3), np.uint8))
+    paths = sorted((tmp_path / "test").iterdir(), key=lambda path: path.suffix)
+    assert [path.suffix for path in paths] == [".reconstructions", ".tweaks"]
+    records = tf.data.TFRecordDataset(str(paths[0])).as_numpy_iterator()
+    events = [tf.compat.v1.Event.FromString(record) for record in records]
+    (event,) = (event for event in events if event.summary.value)
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (15, "reconstructions")
+    shown = tf.io.decode_png(value.tensor.string_val[2]).numpy()
+    np.testing.assert_array_equal(shown, np.full((5, 7, 3), 200))

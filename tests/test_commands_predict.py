@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from story import (
-    FAST,
+    DATA,
     ROOT,
+    Command,
     assert_refused,
     decode,
     load_all,
-    make_session,
     run,
     save_checkpoint,
+    small_network,
     varied_network,
+    weights_of,
 )
 
 import main
@@ -84,16 +86,16 @@ def test_a_pattern_without_files_is_refused_before_anything_is_trained(tmp_path,
         "odd": ["is a folder", "'odd/*'"],
         "odd/*": ["matches no file"],
     }.items():
-        assert_refused(run(tmp_path, "--train", f"--predict={pattern}", *FAST), 1, *words)
+        assert_refused(run(tmp_path, "--train", f"--predict={pattern}", DATA), 1, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
 def test_a_pattern_that_the_shell_replaced_is_pointed_out(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("")
-    refusal = run(tmp_path, "--predict", "a.png", "b.png", *FAST)
+    refusal = run(tmp_path, "--predict", "a.png", "b.png", DATA)
     assert_refused(refusal, 2, "'b.png'", "the shell", "quoted")
-    refusal = run(tmp_path, "--predict", "a.png", "c.png", *FAST)
+    refusal = run(tmp_path, "--predict", "a.png", "c.png", DATA)
     assert_refused(refusal, 2, "'c.png'", "expected only flags")
 
 
@@ -278,7 +280,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
     for number in range(20):  # more than are computed at a time
         save(trained / f"in/{number:02}.png", few.x_test[number, ..., 0])
     save(trained / "in/20.png", 255 - few.x_test[20, ..., 0])
-    result = run(trained, "--predict=in/*.png", *FAST, "--sample_dir=out")
+    result = run(trained, "--predict=in/*.png", DATA, "--sample_dir=out")
     assert result.code == 0 and result.err == ""
     network, images = varied_network(), few.x_test[:21]
     lengths, capsules = (part.numpy() for part in network(images / np.float32(255)))
@@ -312,7 +314,7 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_files(trained,
 
 def test_the_sheet_of_predictions_is_a_picture(trained, few):
     save(trained / "a.png", few.x_test[0, ..., 0])
-    assert run(trained, "--predict=a.png", *FAST).code == 0
+    assert run(trained, "--predict=a.png", DATA).code == 0
     with Image.open(trained / "samples/predictions.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 100
 
@@ -321,7 +323,7 @@ def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(t
     for name in ("a.png", "c.png"):
         save(trained / name, few.x_test[0, ..., 0])
     (trained / "b.png").write_text("no image")
-    result = run(trained, "--predict=*.png", *FAST)
+    result = run(trained, "--predict=*.png", DATA)
     assert_refused(result, 1, "1 of 3 files could not be read: b.png")
     rows = read_csv(trained / "samples/predictions.csv")
     assert [row[0] for row in rows[1:]] == ["a.png", "c.png"]
@@ -329,7 +331,7 @@ def test_files_that_cannot_be_read_do_not_keep_the_others_from_being_predicted(t
     (trained / "samples/predictions.csv").unlink()
     for name in ("a.png", "c.png"):
         (trained / name).unlink()
-    assert_refused(run(trained, "--predict=*.png", *FAST), 1, "1 of 1 files could not be read")
+    assert_refused(run(trained, "--predict=*.png", DATA), 1, "1 of 1 files could not be read")
     assert not (trained / "samples/predictions.csv").exists()
 
 
@@ -338,7 +340,7 @@ def test_frames_and_bits_of_the_files_are_noted_before_the_predictions(trained, 
     save(trained / "a.png", digit.astype(np.uint16) * 16)
     frames = [Image.fromarray(digit), Image.fromarray(255 - digit)]
     frames[0].save(trained / "b.gif", save_all=True, append_images=frames[1:])
-    result = run(trained, "--predict=[ab].*", *FAST)
+    result = run(trained, "--predict=[ab].*", DATA)
     assert result.code == 0
     lines = result.out.splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("a.png ("))
@@ -352,37 +354,16 @@ def test_frames_and_bits_of_the_files_are_noted_before_the_predictions(trained, 
 def test_two_classes_have_two_columns_each_and_no_third(tmp_path, few, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "a.png", few.x_test[0, ..., 0])
-    session = make_session(*FAST, "--predict=a.png")
-    session.class_names = ("cat", "dog")
-    session.network = Stub()
-    predict(session)
+    network = small_network((28, 28, 1), 2)
+    (lengths,) = network(few.x_test[:1] / np.float32(255))[0].numpy()
+    weights = weights_of(network, class_names=["cat", "dog"])
+    weights.metadata[KEY] = measure_appearance(Command().data.train).to_metadata()
+    predict(Command("--predict=a.png").flags, weights)
     head, row = read_csv("samples/predictions.csv")
     assert head == ["file", "done", "class_1", "length_1", "class_2", "length_2"]
-    assert row == ["a.png", "unchanged", "dog", "0.75", "cat", "0.25"]
-
-
-class Stub:
-    """A network of two classes that says the same of every image."""
-
-    settings = {"image_shape": (28, 28, 1)}
-
-    def __call__(self, images):
-        lengths = np.tile(np.float32([0.25, 0.75]), (len(images), 1))
-        return FakeTensor(lengths), None
-
-    def decoder(self, capsules, mask):
-        assert mask.tolist() == [[[0, 1]]]
-        return FakeTensor(np.zeros((1, 1, 28, 28, 1), np.float32))
-
-
-class FakeTensor(np.ndarray):
-    """An array with the method of a tensor."""
-
-    def __new__(cls, values):
-        return np.asarray(values).view(cls)
-
-    def numpy(self):
-        return np.asarray(self)
+    order = np.argsort(-lengths)
+    assert row[::2] == ["a.png", *(("cat", "dog")[k] for k in order)]
+    np.testing.assert_allclose([float(cell) for cell in row[3::2]], lengths[order], atol=1e-5)
 
 
 def test_a_file_whose_name_is_no_text_is_predicted_too(trained, few):
@@ -391,7 +372,7 @@ def test_a_file_whose_name_is_no_text_is_predicted_too(trained, few):
     Image.fromarray(few.x_test[0, ..., 0]).save(path)
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as most terminals are
     with contextlib.redirect_stdout(out):
-        assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
+        assert main.main(["main.py", "--predict=*.png", DATA]) == 0
     out.flush()
     assert b"\n" + name + b" (unchanged): " in out.buffer.getvalue()
     assert name in (trained / "samples/predictions.csv").read_bytes()
@@ -402,7 +383,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(trained, few, encoding):
     save(trained / "\N{SNOWMAN}é.png", few.x_test[0, ..., 0])
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with contextlib.redirect_stdout(out):
-        assert main.main(["main.py", "--predict=*.png", *FAST]) == 0
+        assert main.main(["main.py", "--predict=*.png", DATA]) == 0
     out.flush()
     name = "\N{SNOWMAN}é.png".encode(encoding, "backslashreplace")
     assert b"\n" + name + b" (unchanged): " in out.buffer.getvalue()
@@ -437,15 +418,15 @@ def test_the_pairs_that_come_with_the_program_are_read_as_they_are(tmp_path):
 
 def test_of_overlapping_digits_two_are_named_and_drawn(tmp_path, few, drawn, monkeypatch):
     network = varied_network((36, 36, 1))
-    data = make_session(*FAST, "--multi_MNIST").train_data
+    data = Command("--multi_MNIST").data.train
     description = {KEY: measure_appearance(data).to_metadata()}
     names = list("abcdefghij")
     folder = tmp_path / "multi_checkpoint/multi_mnist"
-    save_checkpoint(folder, network, description, class_names=names)
+    save_checkpoint(folder, network, description, class_names=names, multi_MNIST=True)
     pair = compose_pairs(data)[3]
     save(tmp_path / "a.png", pair[..., 0])
     monkeypatch.setattr(datasets, "load_dataset", None)  # not needed
-    result = run(tmp_path, "--predict=a.png", "--multi_MNIST", *FAST)
+    result = run(tmp_path, "--predict=a.png", "--multi_MNIST", DATA)
     assert (result.code, result.err) == (0, "")
     lengths, capsules = (part.numpy() for part in network(pair[None] / np.float32(255)))
     longest = np.argsort(-lengths[0])[:3]

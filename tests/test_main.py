@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands.session
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 from story import (
+    QUICK,
     ROOT,
     SMALL,
     Story,
@@ -23,18 +23,24 @@ from story import (
     load_all,
     run,
     save_checkpoint,
+    save_exported,
     small_network,
 )
 
+import commands.data
+import commands.devices
 import commands.evaluate
 import commands.export
 import commands.pictures
 import commands.predict
 import commands.train
+import commands.weights
 import main
+import model
 import training.distribution
 import utils
 from capsnet import errors
+from commands.devices import Devices
 from inputs import datasets
 from runtime import machine, messages, startup
 from training.folders import claim, run_lock
@@ -45,7 +51,7 @@ pytest_plugins = ["story_fixtures"]
 
 BOOLEANS = [
     *("train", "test", "reconstruction_test", "tweak_test", "pretrained", "multi_MNIST"),
-    *("data_deformation", "validation_check", "restart", "deterministic"),
+    *("data_deformation", "validation_check", "restart", "deterministic", "none_of_the_above"),
 ]
 
 
@@ -87,6 +93,9 @@ def test_help_describes_every_flag_once_with_its_default_and_bounds():
         "--logdir=logs folder for TensorBoard",
         "(default glorot)",
         "--strategy=auto|one|mirrored|multi_worker ",
+        "--network=capsnet|cnn what to train",
+        "--architecture=mnist|multi|affine|authors ",
+        "--freeze=PARTS parts",
     ):
         assert line in one_line
     assert not re.search(r" $", text, re.MULTILINE)
@@ -119,6 +128,9 @@ def test_the_defaults_are_those_of_the_paper_and_of_the_recipe():
         "dataset": "mnist",
         "image_size": "",
         "initial_weights": "",
+        "freeze": "",
+        "network": "capsnet",
+        "architecture": "mnist",
         "train_size": 0,
         "multi_test_pairs": 1,
         "multi_shift": 4,
@@ -216,6 +228,16 @@ def test_overlapping_digits_have_a_schedule_of_their_own_for_the_flags_that_are_
         assert f"--{name}={value}" in main.help_text()
 
 
+def test_a_cnn_for_pairs_has_the_layers_of_section_6_and_no_reconstruction_loss():
+    cnn = {"network": "cnn", "reconstruction_weight": 0.0}
+    assert changed_flags("--network=cnn") == cnn
+    pairs = changed_flags("--network=cnn", "--multi_MNIST")
+    assert pairs == MULTI | cnn | {"multi_MNIST": True, "architecture": "multi"}
+    assert changed_flags("--network=cnn", "--multi_MNIST", "--architecture=affine") == (
+        pairs | {"architecture": "affine"}
+    )
+
+
 def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
     for words in [], ["--epoch=3"], ["--notrain", "--test=False"], ["--pretrained"]:
         result = run(tmp_path, *words)
@@ -286,6 +308,10 @@ def test_without_a_mode_there_is_a_short_usage_and_exit_code_2(tmp_path):
         (["--train", "--validation_check", "--train_size=5"], "--train_size"),
         (["--train", "--é=\N{SNOWMAN}"], "é"),
         (["--flagfile=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--train", "--network=vgg"], "cnn"),
+        (["--train", "--architecture=x"], "affine"),
+        (["--train", "--freeze="], "--freeze is empty"),
+        (["--test", "--freeze=conv1"], "needs --train"),
         (["--train", "--strategy=tpu"], "multi_worker"),
         (["--train", "--precision=float16"], "mixed_bfloat16"),
         pytest.param(
@@ -348,44 +374,45 @@ def stub_modes(monkeypatch, chief=True):
     """Replace all modes; return what is called, and in which order."""
     calls = []
 
-    class StubSession:
-        def __init__(self, values, argv):
-            self.chief, self.strategy = chief, "strategy"
-            calls.append("session")
-
-        def load(self):
-            calls.append("load")
-
-    def stub(name):
-        def mode(*args):
+    def stub(name, result=None):
+        def step(*args):
             calls.append(name)
-            print(f"printed by {name}")
+            if name in (*main.MODES, "check_new"):
+                print(f"printed by {name}")
+            return result
 
-        mode.__name__ = name
-        return mode
+        return step
 
-    monkeypatch.setattr(commands.session, "Session", StubSession)
-    for module, name in (
-        (commands.train, "train"),
-        (commands.evaluate, "test"),
-        (commands.pictures, "reconstruction_test"),
-        (commands.pictures, "tweak_test"),
-        (commands.export, "export"),
-        (commands.predict, "predict"),
-        (commands.predict, "matching_files"),
-        (commands.export, "check_new"),
-        (training.distribution, "barrier"),
+    devices = Devices("strategy", chief, "direct", False, "float32")
+    for module, name, result in (
+        (commands.devices, "choose_devices", devices),
+        (commands.data, "load_data", "data"),
+        (commands.weights, "load", "weights"),
+        (commands.weights, "check_data", None),
+        (commands.weights, "find_exported", None),
+        (commands.train, "train", None),
+        (commands.evaluate, "test", None),
+        (commands.pictures, "reconstruction_test", None),
+        (commands.pictures, "tweak_test", None),
+        (commands.export, "export", None),
+        (commands.predict, "predict", None),
+        (commands.predict, "matching_files", None),
+        (commands.export, "check_new", None),
+        (machine, "commit", None),
+        (training.distribution, "barrier", None),
     ):
-        monkeypatch.setattr(module, name, stub(name))
+        monkeypatch.setattr(module, name, stub(name, result))
     return calls
 
 
 def test_modes_run_in_their_order_after_what_can_be_refused_at_once(tmp_path, monkeypatch):
     calls = stub_modes(monkeypatch)
     words = ["--predict=x", "--export=y", "--tweak_test", "--reconstruction_test", "--test"]
-    result = run(tmp_path, *words, "--train", "--logdir=a b")
+    result = run(tmp_path, *words, "--train", "--initial_weights=z", "--logdir=a b")
     assert calls == [
-        *("check_new", "matching_files", "session", "train", "barrier", "load"),
+        # The commit first: it may be another one after an hour of training.
+        *("commit", "check_new", "matching_files", "find_exported", "choose_devices"),
+        *("load_data", "train", "barrier", "load", "check_data"),
         *("test", "reconstruction_test", "tweak_test", "export", "predict", "barrier"),
     ]
     assert result.code == 0 and result.out.endswith("\nNext: tensorboard --logdir='a b'\n")
@@ -398,8 +425,12 @@ def test_only_the_modes_that_are_asked_for_run(tmp_path, monkeypatch):
         value = {"export": "=y", "predict": "=x"}.get(mode, "")
         result = run(tmp_path, f"--{mode}{value}")
         checks = {"export": ["check_new"], "predict": ["matching_files"]}.get(mode, [])
-        steps = ["train", "barrier"] if mode == "train" else ["load", mode]
-        assert calls == [*checks, "session", *steps, "barrier"]
+        steps = {
+            "train": ["load_data", "train", "barrier"],
+            "export": ["load", "export"],  # which need the weights alone
+            "predict": ["load", "predict"],
+        }.get(mode, ["load_data", "load", "check_data", mode])
+        assert calls == ["commit", *checks, "choose_devices", *steps, "barrier"]
         assert ("tensorboard" in result.out) is (mode == "test")
 
 
@@ -407,7 +438,10 @@ def test_other_workers_than_the_chief_train_and_test_in_silence(tmp_path, monkey
     calls = stub_modes(monkeypatch, chief=False)
     words = ["--train", "--test", "--reconstruction_test", "--tweak_test", "--export=x"]
     result = run(tmp_path, *words)
-    assert calls == ["check_new", "session", "train", "barrier", "load", "test", "barrier"]
+    assert calls == [
+        *("commit", "check_new", "choose_devices", "load_data", "train", "barrier"),
+        *("load", "check_data", "test", "barrier"),
+    ]
     assert result == (0, "printed by check_new\n", "")
 
 
@@ -462,8 +496,18 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path, monkeypatch, error, cod
         raise error
 
     stub_modes(monkeypatch)
-    monkeypatch.setattr(commands.session, "Session", fail)
+    monkeypatch.setattr(commands.data, "load_data", fail)
     assert run(tmp_path, "--train") == (code, "", f"{line}\n")
+
+
+def test_after_a_restart_the_command_that_resumes_is_without_it(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise Interrupted(2)
+
+    stub_modes(monkeypatch)
+    monkeypatch.setattr(commands.train, "train", fail)
+    line = "Stopped, and saved. To resume: the same command again, without --restart.\n"
+    assert run(tmp_path, "--train", "--restart") == (130, "", line)
 
 
 def test_an_error_of_the_program_itself_is_not_hidden(tmp_path, monkeypatch):
@@ -471,7 +515,7 @@ def test_an_error_of_the_program_itself_is_not_hidden(tmp_path, monkeypatch):
         raise ZeroDivisionError
 
     stub_modes(monkeypatch)
-    monkeypatch.setattr(commands.session, "Session", fail)
+    monkeypatch.setattr(commands.data, "load_data", fail)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, "--train")
 
@@ -519,6 +563,7 @@ def test_every_mode_works_in_folders_whose_names_could_be_patterns(tmp_path):
         assert trained.code == 0, trained
     assert "Resuming from step 3" in trained.out and "damaged" not in trained.out
     files = f"--predict={name}/test/a[b]/0.png"
+    words = [word for word in words if word not in TINY[:-1]]
     examined = run(tmp_path, *EXAMINE, f"--export=e{name}", files, *words)
     assert examined.code == 0, examined
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -587,8 +632,13 @@ def damaged_checkpoint(folder, patch):
         path.write_bytes(path.read_bytes()[:10])
 
 
-def a_checkpoint(folder, patch):
-    save_checkpoint(folder / "checkpoint/mnist", small_network())
+def a_checkpoint_that_lacks_a_weight(folder, patch):
+    network = small_network(decoder_units=(6,))
+    save_checkpoint(folder / "checkpoint/mnist", network, shape=small_network().config.describe())
+
+
+def weights_of_another_network(folder, patch):
+    save_exported(folder / "export", small_network(decoder_units=(6,)))
 
 
 def unfinished_run(folder, patch):
@@ -607,14 +657,14 @@ def taken_folder(folder, patch):
 
 
 def not_a_number(folder, patch):
-    create = commands.session.CapsNet
+    build = model.build
 
     def spoiled(*args, **options):
-        network = create(*args, **options)
+        network = build(*args, **options)
         network.digits.W.assign(np.full(network.digits.W.shape, np.nan))
         return network
 
-    patch.setattr(commands.session, "CapsNet", spoiled)
+    patch.setattr(model, "build", spoiled)
 
 
 def no_memory(folder, patch):
@@ -650,8 +700,12 @@ def mixed_sizes(folder, patch):
         (errors.NoCheckpoint, nothing, ["--tweak_test", "--validation_check"]),
         (errors.DamagedCheckpoints, damaged_checkpoint, ["--test"]),
         (errors.DamagedCheckpoints, damaged_checkpoint, ["--train", "--validation_check"]),
-        (errors.NetworkMismatch, a_checkpoint, ["--test", "--digit_dim=5"]),
-        (errors.PretrainedMismatch, nothing, ["--test", "--pretrained"]),
+        (errors.NetworkMismatch, a_checkpoint_that_lacks_a_weight, ["--test"]),
+        (
+            errors.PretrainedMismatch,
+            weights_of_another_network,
+            ["--train", "--initial_weights=export"],
+        ),
         (errors.NoPretrainedWeights, none_included, ["--test", "--pretrained"]),
         (errors.RunMismatch, unfinished_run, ["--train"]),
         (errors.FolderInUse, training_elsewhere, ["--train"]),
@@ -672,7 +726,8 @@ def test_advice_follows_each_error_that_a_flag_can_help_against(
 
     monkeypatch.setattr(messages, "describe_error", spy)
     prepare(tmp_path, monkeypatch)
-    assert_refused(run(tmp_path, *SMALL, *words), 1, "; " + main.ADVICE[kind] + "\n")
+    settings = SMALL if "--train" in words else QUICK
+    assert_refused(run(tmp_path, *settings, *words), 1, "; " + main.ADVICE[kind] + "\n")
     assert described == [kind]
 
 
@@ -720,7 +775,7 @@ def test_missing_and_damaged_data_are_refused_naming_the_file_and_the_download(
 
 def test_a_refused_mode_writes_nothing(tmp_path, few):
     for mode in ("--test", "--reconstruction_test", "--tweak_test"):
-        result = run(tmp_path, mode, *SMALL)
+        result = run(tmp_path, mode, *QUICK)
         assert_refused(result, 1, "no checkpoint in checkpoint/mnist", "--train")
     assert files(tmp_path) == set()
 
@@ -743,7 +798,8 @@ def test_a_file_in_the_place_of_a_folder_is_refused_and_kept(tmp_path, few, flag
     (tmp_path / "file").write_text("mine")
     if "--train" not in words:
         save_checkpoint(tmp_path / "checkpoint/mnist", small_network())
-    result = run(tmp_path, *words, *SMALL, f"--{flag}=file{below}")
+    settings = SMALL if "--train" in words else QUICK
+    result = run(tmp_path, *words, *settings, f"--{flag}=file{below}")
     assert_refused(result, 1, "file")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -368,7 +368,8 @@ def load_weights(network, folder, report):
 
 
 def _averages(network):
-    """Return the network's variables by the paths of their averages in the optimizer."""
+    """Return the trained variables of a network by the paths of their averages."""
     return {
-        f"{OPTIMIZER_NAME}/{v.path.replace('/', '_')}_average": v.value for v in network.variables
+        f"{OPTIMIZER_NAME}/{v.path.replace('/', '_')}_average": v.value
+        for v in network.trainable_variables
     }
