@@ -21,10 +21,10 @@ import sys
 from absl import flags
 
 from capsnet import config, errors
-from capsnet.errors import UsageError, UserError
+from capsnet.errors import UsageError
 from capsnet.networks import NETWORKS
 from commands import checks
-from runtime import command_line, machine, messages, startup, terminal
+from runtime import command_line, machine, startup
 
 TRAINING = config.TrainingConfig()
 _MULTI = ", ".join(f"--{name}={value}" for name, value in config.MULTI_MNIST.items())
@@ -172,67 +172,28 @@ ADVICE = {
 }
 
 
-def advice(error):
-    """Return which flag or command helps against an error, "" if the error says so itself."""
-    return command_line.advice_for(error, ADVICE, messages.is_out_of_memory(error))
-
-
 def help_text():
     """Return the examples, then all flags by purpose."""
     lines = [__doc__.strip()]
     for group, rows in FLAGS.items():
         lines.append(f"\n{group}:")
         for name, default, bounds, text in rows:
-            flag, note = describe_flag(name, default, bounds)
+            flag, note = command_line.describe_flag(name, default, bounds, EMPTY)
             lines += command_line.help_lines(flag, text + note)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def describe_flag(name, default, bounds):
-    """Return how to write a flag, and a note on its default or on bounds that one may meet."""
-    if isinstance(default, bool):
-        return f"--[no]{name}", ""
-    if isinstance(default, str):
-        if bounds:
-            note = "" if default == "default" else f" (default {default})"
-            return f"--{name}={'|'.join(bounds)}", note
-        return f"--{name}={default or EMPTY.get(name, 'TEXT')}", ""
-    low, high = bounds
-    common = isinstance(default, int) and high <= command_line.COMMON
-    return f"--{name}={default}", f" ({low:,} to {high:,})" if common else ""
 
 
 def parse(argv):
     """Return the values of the flags. Raise UsageError if the command line is wrong."""
     values = flags.FlagValues()
     for name, default, bounds, text in ROWS:
-        define_flag(values, name, default, bounds, text)
-    try:
-        stray = values(argv)[1:]
-    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        problem = command_line.describe_problem(error, NAMES)
-        raise UsageError(problem + command_line.see_help(problem)) from None
-    if stray:
+        command_line.define_flag(values, name, default, bounds, text)
+    if stray := command_line.read_values(values, argv):
         refuse_stray_word(stray[0], values.predict)
-    command_line.refuse_repeats(values)
     for name in PATHS:
         setattr(values, name, os.path.expanduser(getattr(values, name)))
     checks.check(values, ROWS, WRITTEN)
     return values
-
-
-def define_flag(values, name, default, bounds, text):
-    """Define a flag whose type is that of its default."""
-    if isinstance(default, bool):
-        flags.DEFINE_boolean(name, default, text, flag_values=values)
-    elif isinstance(default, str) and bounds:
-        flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
-    elif isinstance(default, str):
-        flags.DEFINE_string(name, default, text, flag_values=values)
-    else:
-        parser = command_line.Parser(command_line.number(type(default), *bounds))
-        serializer = flags.ArgumentSerializer()
-        flags.DEFINE(parser, name, default, text, flag_values=values, serializer=serializer)
 
 
 def refuse_stray_word(word, pattern):
@@ -247,28 +208,20 @@ def refuse_stray_word(word, pattern):
 
 def main(argv):
     """Run the command line (argv[0] is the program) and return its exit code."""
-    terminal.escape_unencodable_output()
-    try:
-        if any(word in ("--help", "-help", "-h") for word in argv[1:]):
-            print(help_text(), flush=True)
-            return 0
-        values = parse(argv)
-        modes = [name for name in MODES if getattr(values, name)]
-        if not modes:
-            print(short_usage(), file=sys.stderr)
-            return 2
-        code = run_modes(values, argv, modes)
-        sys.stdout.flush()  # here, where a reader that has gone is noticed
-        return code
-    except UsageError as error:
-        print(f"main.py: {error}", file=sys.stderr)
+    return command_line.run_program(argv, help_text, lambda: run(argv), ADVICE)
+
+
+def run(argv):
+    """Run the modes of a command line in their order, and return the exit code."""
+    values = parse(argv)
+    modes = [name for name in MODES if getattr(values, name)]
+    if not modes:
+        print(short_usage(), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        return 1
+    # When one of several workers stops, all others say so; one line is enough.
+    startup.start_tensorflow("3" if values.strategy == "multi_worker" else "2")
+    dispatch(values, argv, modes)
+    return 0
 
 
 def short_usage():
@@ -276,28 +229,6 @@ def short_usage():
     modes = ", ".join(f"--{mode}" for mode in MODES)
     examples = __doc__.strip().split("\n\n", 1)[1]
     return f"Nothing to do. Give one or more of\n  {modes}\n{examples}\nAll flags: --help"
-
-
-def run_modes(values, argv, modes):
-    """Run the modes of a command line in their order, and return the exit code."""
-    several_workers = values.strategy == "multi_worker"
-    # When one of several workers stops, all others say so; the line printed below is enough.
-    tf = startup.start_tensorflow("3" if several_workers else "2")
-    from training.interrupt import Interrupted
-
-    try:
-        dispatch(values, argv, modes)
-        return 0
-    except Interrupted as stop:
-        without = ", without --restart" if values.restart else ""
-        print(f"Stopped, and saved. To resume: the same command again{without}.", file=sys.stderr)
-        return 128 + stop.number
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError, MemoryError, tf.errors.OpError) as error:
-        line = messages.describe_error(error, advice(error), several_workers)
-        print(f"main.py: {line}", file=sys.stderr)
-    return 1
 
 
 def dispatch(values, argv, modes):
@@ -326,13 +257,13 @@ def dispatch(values, argv, modes):
             train.train(values, argv, devices, data, MODES[1:])
             barrier(devices.strategy)  # the chief has saved: all workers load the same weights
         if modes != ["train"]:
-            examine(values, argv, devices, data)
+            use_weights(values, argv, devices, data)
         barrier(devices.strategy)  # a worker that ends must not leave the others alone
         if values.test:
             print(f"Next: tensorboard --logdir={shlex.quote(values.logdir)}")
 
 
-def examine(values, argv, devices, data):
+def use_weights(values, argv, devices, data):
     """Load the weights, and run the modes that do something with them."""
     from commands import evaluate, export, pictures, predict
     from commands.weights import check_data, load

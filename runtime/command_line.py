@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from capsnet.errors import DataFileError, FolderInUse, Interrupted, UsageError, UserError
+from capsnet.errors import DataFileError, FolderInUse, Interrupted, UsageError
 from runtime import machine, messages, startup, terminal
 from utils import ROOT
 
@@ -101,13 +101,18 @@ def parse_size(text):
     return tuple(map(int, sides.groups())) if sides else None
 
 
-def refuse_repeats(values):
-    """Raise UsageError for a flag that is given more than once: all but the last are ignored."""
-    for name in values:
-        if values[name].present > 1:
-            raise UsageError(
-                f"--{name} is given {values[name].present} times, expected once, with one value"
-            )
+def define_flag(values, name, default, bounds, text):
+    """Define a flag whose type is that of its default."""
+    if isinstance(default, bool):
+        flags.DEFINE_boolean(name, default, text, flag_values=values)
+    elif isinstance(default, str) and bounds:
+        flags.DEFINE_enum(name, default, bounds, text, flag_values=values)
+    elif isinstance(default, str):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    else:
+        parser = Parser(number(type(default), *bounds))
+        serializer = flags.ArgumentSerializer()
+        flags.DEFINE(parser, name, default, text, flag_values=values, serializer=serializer)
 
 
 # --- Help and problems ----------------------------------------------------------------------------
@@ -131,6 +136,27 @@ def help_lines(flag, text):
         break_on_hyphens=False,
     )
     return [head, *lines] if alone else lines
+
+
+def describe_flag(name, default, bounds, empty):
+    """Return how to write a flag, and a note on its default or on bounds that one may meet.
+
+    Args:
+        name: of the flag.
+        default: its default, whose type is that of the flag.
+        bounds: (lowest, highest) number, or the choices of a text, or None.
+        empty: dict of flag to what is shown for its empty default.
+    """
+    if isinstance(default, bool):
+        return f"--[no]{name}", ""
+    if isinstance(default, str):
+        if bounds:
+            note = "" if default == "default" else f" (default {default})"
+            return f"--{name}={'|'.join(bounds)}", note
+        return f"--{name}={default or empty.get(name, 'TEXT')}", ""
+    low, high = bounds
+    common = isinstance(default, int) and high <= COMMON
+    return f"--{name}={default}", f" ({low:,} to {high:,})" if common else ""
 
 
 def expected_number(kind, low, high, value=None):
@@ -237,13 +263,8 @@ def parse(argv, definitions):
     for flag in definitions:
         flags.DEFINE(Parser(flag.parse), flag.name, flag.default, flag.help, flag_values=values)
     names = [flag.name for flag in definitions]
-    try:
-        stray = values(argv)[1:]
-    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
-        raise UsageError(describe_problem(error, names)) from None
-    if stray:
+    if stray := read_values(values, argv):
         raise UsageError(stray_word(stray[0], names))
-    refuse_repeats(values)
     return values
 
 
@@ -267,35 +288,74 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
         advice: dict of type of error to what the user can do, see `advice_for`.
         starts_tensorflow: whether the function needs TensorFlow.
     """
-    terminal.escape_unencodable_output()
-    program = Path(argv[0]).name
-    problems = (UserError, OSError, MemoryError)
-    try:
-        if any(word in ("--help", "-help", "-h") for word in argv[1:]):
-            print(help_text(doc, definitions), flush=True)
-            return 0
+
+    def run():
         values = parse(argv, definitions)
         machine.commit()  # now: it may be another one after an hour of training
         if starts_tensorflow:
-            problems += (startup.start_tensorflow().errors.OpError,)
-        code = function(values) or 0
+            startup.start_tensorflow()
+        return function(values)
+
+    advice = {FolderInUse: "wait for it"} | (advice or {})
+    return run_program(argv, lambda: help_text(doc, definitions), run, advice)
+
+
+# --- Programs -------------------------------------------------------------------------------------
+
+
+def read_values(values, argv):
+    """Read a command line into absl's values, and return the words that are no flags.
+
+    Raises:
+        UsageError: a flag is unknown, given twice, or has a wrong value.
+    """
+    try:
+        stray = values(argv)[1:]
+    except (flags.Error, ValueError) as error:  # ValueError: --noflag=value
+        problem = describe_problem(error, list(values))
+        raise UsageError(problem + see_help(problem)) from None
+    for name in values:  # all but the last of several would be ignored
+        if values[name].present > 1:
+            raise UsageError(
+                f"--{name} is given {values[name].present} times, expected once, with one value"
+            )
+    return stray
+
+
+def run_program(argv, help_text, function, advice):
+    """Print the help, or call the function that does the work, and return the exit code.
+
+    Args:
+        argv: the command line; argv[0] is the program.
+        help_text: returns the text of `--help`.
+        function: returns an exit code, None for 0.
+        advice: dict of type of error to what the user can do, see `advice_for`.
+    """
+    terminal.escape_unencodable_output()
+    program = Path(argv[0]).name
+    try:
+        if any(word in ("--help", "-help", "-h") for word in argv[1:]):
+            print(help_text(), flush=True)
+            return 0
+        code = function() or 0
         sys.stdout.flush()  # here, where a reader that has gone is noticed
         return code
     except UsageError as error:
-        print(f"{program}: {error}{see_help(error)}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return 1
-    except problems as error:
-        advice = {FolderInUse: "wait for it"} | (advice or {})
-        helps = advice_for(error, advice, messages.is_out_of_memory(error))
-        line = messages.describe_error(error, helps)
-        print(f"{program}: {line}", file=sys.stderr)
-        return 1
     except Interrupted as stop:
-        print("Stopped, and saved. To resume: the same command again.", file=sys.stderr)
+        without = ", without --restart" if "--restart" in argv else ""
+        print(f"Stopped, and saved. To resume: the same command again{without}.", file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not messages.is_expected(error):
+            raise
+        helps = advice_for(error, advice, messages.is_out_of_memory(error))
+        print(f"{program}: {messages.describe_error(error, helps)}", file=sys.stderr)
+        return 1

@@ -21,7 +21,7 @@ BFLOAT16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 
 def has_gpu():
-    """Tell whether TensorFlow sees a GPU."""
+    """Return whether TensorFlow sees a GPU."""
     import tensorflow as tf
 
     return bool(tf.config.list_physical_devices("GPU"))
@@ -33,7 +33,7 @@ def fastest_conv():
 
 
 def multiplies_bfloat16():
-    """Tell whether products of bfloat16 are faster here than those of float32."""
+    """Return whether products of bfloat16 are faster here than those of float32."""
     return has_gpu() or bool(bfloat16_units())
 
 

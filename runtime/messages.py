@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 
 from capsnet.errors import UserError, os_advice
 
@@ -20,7 +21,7 @@ def reason(error):
 
 
 def is_out_of_memory(error):
-    """Tell whether an error of Python or TensorFlow says that memory is short."""
+    """Return whether an error of Python or TensorFlow says that memory is short."""
     if isinstance(error, MemoryError):
         return True
     # TensorFlow raises the same type for a full disk.
@@ -29,13 +30,19 @@ def is_out_of_memory(error):
     return re.search(r"\boom\b|out of memory|allocat", str(error), re.IGNORECASE) is not None
 
 
-def describe_error(error, advice="", several_workers=False):
+def is_expected(error):
+    """Return whether an error is one of the user, of the system or of TensorFlow, no bug."""
+    tf = sys.modules.get("tensorflow")
+    of_tensorflow = tf is not None and isinstance(error, tf.errors.OpError)
+    return of_tensorflow or isinstance(error, (UserError, OSError, MemoryError))
+
+
+def describe_error(error, advice=""):
     """Describe an error that is no fault of the program in one line: what is wrong, what to do.
 
     Args:
         error: UserError, OSError, MemoryError or an error of TensorFlow.
         advice: what the user can do, for a UserError or if memory is short.
-        several_workers: whether several workers train together.
     """
     import tensorflow as tf
 
@@ -54,7 +61,7 @@ def describe_error(error, advice="", several_workers=False):
         return f"{place}{problem}; {helps}" if helps else f"{place}{problem}"
     if is_out_of_memory(error):
         return f"out of memory; {advice or 'try a smaller batch or network'}"
-    if several_workers and isinstance(error, lost):
+    if "TF_CONFIG" in os.environ and isinstance(error, lost):  # several workers
         return (
             "another worker stopped or cannot be reached; start all workers again, they resume "
             "from the last checkpoint"
