@@ -435,8 +435,7 @@ def test_in_mixed_precision_training_with_products_of_spectra_is_float32(rng):
 
 @pytest.mark.parametrize("conv, tolerance", [("direct", 1e-5), ("dft", 0.02)])
 def test_in_mixed_precision_inference_has_bfloat16_products_of_spectra(rng, conv, tolerance):
-    """It also routes 32 images in chunks, which changes nothing."""
-    network, batch = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16"), random_batch(rng, 32)
+    network, batch = CapsNet(**TINY, conv=conv, dtype="mixed_bfloat16"), random_batch(rng, 4)
     network.primary.kernel.assign(5 * network.primary.kernel)
     expected, inference = network.outputs(batch), network.inference(uncompiled)
     spectra = inference.prepare()
