@@ -247,7 +247,7 @@ class CNNConfig(NetworkConfig):
         parameters = sum(count for *_, count in sizes)
         # Outputs of the convolutions, which are largest before they are pooled.
         activations = sum(math.prod(shape) for name, shape, _ in sizes if "conv" in name)
-        return 850e6 + 34 * parameters + batch_size * 17.5 * activations + data_bytes
+        return 825e6 + 33 * parameters + batch_size * 19.5 * activations + data_bytes
 
 
 NETWORKS = {config.network: config for config in (CapsNetConfig, CNNConfig)}

@@ -134,7 +134,7 @@ def describe(flags, config, devices, data):
     replicas = devices.strategy.num_replicas_in_sync
     memory = config.memory(flags.batch_size / replicas, data_bytes)
     total = sum(count for *_, count in sizes)
-    title = {"capsnet": "CapsNet", "cnn": "CNN"}[config.network]
+    title = model.CLASSES[config.network].__name__
     lines = [f"{title:<26}output  {total:>12,} parameters"]
     for name, output, count in sizes:
         lines.append(f"  {name:<18}{' × '.join(map(str, output)):<16}{count:>10,}")

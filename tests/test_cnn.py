@@ -84,7 +84,8 @@ def test_the_convolutions_of_the_network_are_padded_and_pooled_as_those_of_the_l
     assert_close(net.logits(images), x)
 
 
-def test_dropout_keeps_or_doubles_each_unit_by_seed_and_step():
+def test_dropout_drops_or_scales_each_unit_by_seed_and_step(monkeypatch):
+    monkeypatch.setitem(CNN_LAYERS, "affine", CNN_LAYERS["affine"]._replace(dropout=0.25))
     net = CNN((12, 12, 1), 5, "affine")
     images = np.random.default_rng(0).random((400, 12, 12, 1), np.float32)
     net.hidden[-1].kernel.assign(np.eye(7, 5))  # so the logits show five units of the layer
@@ -98,9 +99,9 @@ def test_dropout_keeps_or_doubles_each_unit_by_seed_and_step():
     np.testing.assert_array_equal(one, again)
     assert (seeded != one).any()
     kept = one[active] != 0
-    np.testing.assert_allclose(one[active][kept], 2 * at_rest[active][kept], rtol=1e-5)
-    assert abs(kept.mean() - 0.5) < 0.06
-    assert 0.3 < (kept != (other[active] != 0)).mean() < 0.7
+    np.testing.assert_allclose(one[active][kept], at_rest[active][kept] / 0.75, rtol=1e-5)
+    assert abs(kept.mean() - 0.75) < 0.06
+    assert 0.25 < (kept != (other[active] != 0)).mean() < 0.5  # of 2 · 0.75 · 0.25
 
 
 def test_a_network_without_dropout_drops_nothing(monkeypatch):

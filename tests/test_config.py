@@ -5,24 +5,7 @@ import numpy as np
 import pytest
 
 from capsnet import config
-
-
-def test_the_default_network_has_as_many_parameters_as_the_one_of_the_paper():
-    net = config.NetworkConfig()
-    patch = net.kernel_size**2
-    side = 28 - net.kernel_size + 1  # after the first convolution
-    side = (side - net.kernel_size) // 2 + 1  # after the second, of stride 2
-    primary_channels = net.n_primary * net.primary_dim
-    capsules = side**2 * net.n_primary
-    conv1 = patch * net.n_conv + net.n_conv
-    primary = patch * net.n_conv * primary_channels + primary_channels
-    digits = capsules * net.primary_dim * 10 * net.digit_dim
-    widths = [10 * net.digit_dim, *net.decoder_units, 28 * 28]
-    decoder = sum((i + 1) * o for i, o in zip(widths[:-1], widths[1:], strict=True))
-    assert (capsules, net.primary_dim, net.digit_dim) == (1152, 8, 16)
-    assert net.routing_iterations == 3
-    assert conv1 + primary + digits == 6_804_224
-    assert conv1 + primary + digits + decoder == 8_215_568
+from capsnet.networks import CapsNetConfig
 
 
 def test_shifts_and_sizes_are_those_of_the_paper():
@@ -50,6 +33,7 @@ def test_the_total_loss_weighs_the_reconstruction_and_adds_everything_else():
     assert training.total_loss({"margin": 2.0, "reconstruction": 8.0}) == 4.0
     assert training.total_loss({"margin": 2.0}) == 2.0
     assert training.total_loss({"reconstruction": 8.0, "other": 3.0}) == 5.0
+    assert training.total_loss({"cross_entropy": 2.0}) == 2.0
     arrays = {"margin": np.array([1.0, 2.0]), "reconstruction": np.array([4.0, 0.0])}
     np.testing.assert_array_equal(training.total_loss(arrays), [2.0, 2.0])
 
@@ -62,6 +46,7 @@ def test_a_preset_sets_only_what_can_be_set(preset):
     known |= {"data_deformation", "multi_shift"}
     assert set(preset) <= known
     assert preset.get("initialization", "glorot") in config.INITIALIZATIONS
+    CapsNetConfig((28, 28, 1), 10, variant=preset.get("variant", "paper"))
 
 
 def test_the_recipe_of_the_authors_trains_for_their_300000_steps():

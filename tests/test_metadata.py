@@ -114,11 +114,11 @@ def test_older_versions_had_the_class_names_of_the_data_sets_that_are_fetched(da
     assert metadata.complete_training(own)["class_names"] == ["a"]
 
 
-def test_the_appearance_of_older_versions_says_nothing_of_inverted_images():
+def test_the_appearance_of_older_versions_is_that_of_images_that_nothing_was_done_to():
     style = {"ink_style": None, "ground": "dark"}
     completed = metadata.complete({**OLD, "appearance": style})["appearance"]
-    assert completed == style | {"inverted": False, "subtracted": None}
-    whole = style | {"inverted": True, "subtracted": [1, 2, 3]}
+    assert completed == style | {"inverted": False, "subtracted": None, "white": None}
+    whole = style | {"inverted": True, "subtracted": [1, 2, 3], "white": 255}
     assert metadata.complete({**OLD, "appearance": whole})["appearance"] == whole
 
 
