@@ -410,7 +410,7 @@ def test_the_weights_that_come_with_the_program_are_those_of_the_default_network
     assert training["data_deformation"] == (not overlap)
     assert training["train_size"] == 0
     mnist = load_all("mnist", ROOT / "data")
-    unseen = Examples(mnist.x_test[:500], mnist.y_test[:500])
+    unseen = Examples(mnist.x_test[:200], mnist.y_test[:200])
     if overlap:
         unseen = unseen._replace(
             padding=config.MULTI_PADDING, max_shift=config.MULTI_SHIFT, overlap=True
