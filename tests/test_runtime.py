@@ -208,7 +208,7 @@ class Libc:
             setattr(self, name, function(name, result))
 
 
-def calls_of_keep_big_buffers(monkeypatch, libc, name="glibc"):
+def calls_of_tune_malloc(monkeypatch, libc, name="glibc"):
     monkeypatch.setattr(platform, "libc_ver", lambda: (name, "2.36"))
     monkeypatch.setattr(ctypes, "CDLL", lambda library: libc)
     startup.tune_malloc.__wrapped__()
@@ -216,7 +216,7 @@ def calls_of_keep_big_buffers(monkeypatch, libc, name="glibc"):
 
 
 def test_glibc_is_told_to_keep_freed_memory_in_one_arena_of_huge_pages(monkeypatch):
-    *options, allocate, advise, free = calls_of_keep_big_buffers(monkeypatch, Libc())
+    *options, allocate, advise, free = calls_of_tune_malloc(monkeypatch, Libc())
     # malloc.h: M_TRIM_THRESHOLD -1, M_TOP_PAD -2, M_MMAP_MAX -4, M_ARENA_MAX -8
     assert sorted(options) == [
         ("mallopt", -8, 1),
@@ -235,17 +235,17 @@ def test_glibc_is_told_to_keep_freed_memory_in_one_arena_of_huge_pages(monkeypat
 
 
 def test_nothing_is_marked_or_freed_if_there_is_no_memory_to_grow_the_heap(monkeypatch):
-    names = [name for name, *_ in calls_of_keep_big_buffers(monkeypatch, Libc(heap=None))]
+    names = [name for name, *_ in calls_of_tune_malloc(monkeypatch, Libc(heap=None))]
     assert names == ["mallopt"] * 4 + ["malloc"]
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    assert calls_of_keep_big_buffers(monkeypatch, Libc(), name="") == []
+    assert calls_of_tune_malloc(monkeypatch, Libc(), name="") == []
 
 
 def test_the_allocator_is_set_once_however_often_it_is_asked_for(monkeypatch):
     libc = Libc()
-    calls_of_keep_big_buffers(monkeypatch, libc)
+    calls_of_tune_malloc(monkeypatch, libc)
     number = len(libc.calls)
     startup.tune_malloc.cache_clear()
     startup.tune_malloc()
