@@ -35,6 +35,10 @@ class TrainingConfig(NamedTuple):
     decay_steps: int = 1000
     reconstruction_weight: float = 0.0005  # weight of the summed squared pixel errors (section 4.1)
     averaging: float = 0.99  # momentum of the running averages of the weights; 0: no averages
+    w_stddev: float = 0.1  # of the first W_ij
+    target: str = "shifted"  # or "unshifted", what the decoder reconstructs in training
+    fractional_shift: float = 0.0  # pixels; the largest shift, by fractions; 0: whole pixels
+    routing_gradient: str = "all"  # or "last", the iterations that gradients flow through
 
     def total_loss(self, terms):
         """Return the weighted sum of a loss's terms, a dict of name to number or tensor."""

@@ -103,6 +103,8 @@ def _draw_partners(labels, firsts, stream):
 
 
 def _draw_shifts(shape, max_shift, stream):
+    if isinstance(max_shift, float):
+        return stream.uniform(-max_shift, max_shift, (*shape, 2)).astype(np.float32)
     return stream.integers(-max_shift, max_shift, (*shape, 2), np.int32, endpoint=True)
 
 
@@ -153,7 +155,8 @@ def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
     """
     index = np.arange(len(labels), dtype=np.int32)[:, None]
     if not overlap:
-        return Plan(index, np.zeros((*index.shape, 2), np.int32))
+        kind = np.float32 if isinstance(max_shift, float) else np.int32
+        return Plan(index, np.zeros((*index.shape, 2), kind))
     # All images once, then again: so the first n pairs are the same however many follow.
     index = np.tile(index, (pairs_per_image, 1))
     partners = _draw_partners(labels, index[:, 0], random_stream(0, 0, "evaluation partner"))

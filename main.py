@@ -85,6 +85,10 @@ FLAGS = {
         ("averaging", TRAINING.averaging, (0.0, 0.99999),
          "momentum of the running averages of the weights, which are used for tests; below 1; "
          "0: no averages"),
+        ("w_stddev", TRAINING.w_stddev, (1e-6, 10.0), "standard deviation of the first W"),
+        ("target", "shifted", ("shifted", "unshifted"), "the image that is reconstructed"),
+        ("fractional_shift", 0.0, (0.0, 8.0), "shift by fractions of a pixel up to this; 0: whole"),
+        ("routing_gradient", "all", ("all", "last"), "iterations with gradients"),
         ("initialization", config.INITIALIZATION, tuple(config.INITIALIZATIONS),
          "initial weights: Glorot's, or those of the authors' public code"),
         ("recipe", "default", tuple(config.RECIPES),

@@ -80,6 +80,9 @@ class CapsNet(keras.Model):
         conv="direct",
         initialization=INITIALIZATION,
         variant=DEFAULTS.variant,
+        w_stddev=0.1,
+        gradient="all",
+        target="shifted",
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -100,6 +103,7 @@ class CapsNet(keras.Model):
         }
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {VARIANTS}. Received: variant={variant!r}")
+        self.target = target
         authors = variant == "authors"
         initializers = INITIALIZATIONS[initialization]
         # XLA multiplies bfloat16 on a CPU as float32, only slower.
@@ -128,6 +132,8 @@ class CapsNet(keras.Model):
             digit_dim,
             routing_iterations,
             use_bias=authors,
+            w_stddev=w_stddev,
+            gradient=gradient,
             name="digit_capsules",
             dtype=policy,
         )
@@ -201,6 +207,8 @@ class CapsNet(keras.Model):
         digits, shift, labels, _ = batch
         padding = (self.settings["image_shape"][0] - digits.shape[2]) // 2
         canvas, shifted = ops.compose(digits, shift, padding)
+        if self.target == "unshifted":
+            _, shifted = ops.compose(digits, tf.zeros_like(shift), padding)
         capsules = self.capsules(canvas, spectra, compile_part)
         lengths = ops.length(capsules)
         predictions = ops.longest(lengths, labels.shape[1])

@@ -75,7 +75,7 @@ def agreement(v, u_hat):
     return tf.matmul(v, u_hat, transpose_b=True)
 
 
-def routing(u_hat, iterations, on_iteration=None, bias=None):
+def routing(u_hat, iterations, on_iteration=None, bias=None, gradient="all"):
     """Route votes by agreement (procedure 1).
 
     Each (image, upper capsule) is one tile of a batched product.
@@ -97,12 +97,14 @@ def routing(u_hat, iterations, on_iteration=None, bias=None):
         # Line 4, eq. 3: softmax over the upper capsules. For zero logits it is 1/J; written as a
         # softmax, XLA would fold that constant slowly.
         c = tf.nn.softmax(b, axis=1) if r > 0 else tf.fill(tf.shape(b), 1.0 / u_hat.shape[1])
-        s = tf.matmul(c, u_hat)  # line 5: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
+        last = r + 1 == iterations
+        votes_r = u_hat if gradient == "all" or last else tf.stop_gradient(u_hat)
+        s = tf.matmul(c, votes_r)  # line 5: (B, J, 1, I)·(B, J, I, D) -> (B, J, 1, D)
         v = squash(s if bias is None else s + bias[:, None])  # line 6
         if on_iteration:
             on_iteration(c, v)
         if r + 1 < iterations:  # line 7; nothing reads the logits after the last iteration
-            b += agreement(v, u_hat)
+            b += agreement(v, votes_r)
     return v[:, :, 0]
 
 
@@ -154,11 +156,20 @@ def compose(digits, shift, padding):
         shifted digits (B, K, H', W', C) in [0, 1]; H' = H + 2·padding, W' = W + 2·padding.
     """
     height, width = digits.shape[2:4]
-    shift = tf.cast(shift, tf.int32)
+    fractions = shift.dtype.is_floating
+    shift = shift if fractions else tf.cast(shift, tf.int32)
 
     def shift_matrices(size, offset):  # (B, K) -> (B, K, size + 2·padding, size)
         source = tf.range(size + 2 * padding) - padding - offset[..., None]
         return tf.one_hot(source, size)
+
+    if fractions:  # bilinear: a pixel that lies between two others is their weighted mean
+
+        def shift_matrices(size, offset):  # noqa: F811
+            grid = tf.cast(tf.range(size + 2 * padding) - padding, tf.float32)
+            source = grid - offset[..., None]
+            distance = tf.abs(source[..., None] - tf.cast(tf.range(size), tf.float32))
+            return tf.maximum(0.0, 1.0 - distance)
 
     images = tf.cast(digits, tf.float32)
     rows, columns = shift_matrices(height, shift[..., 0]), shift_matrices(width, shift[..., 1])
@@ -343,11 +354,12 @@ class DigitCapsules(keras.layers.Layer):
         ValueError: fewer than one iteration.
     """
 
-    def __init__(self, n_capsules, dim, iterations=3, use_bias=False, **kwargs):
+    def __init__(self, n_capsules, dim, iterations=3, use_bias=False, w_stddev=0.1, gradient="all", **kwargs):
         super().__init__(**kwargs)
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1. Received: iterations={iterations}")
         self.n_capsules, self.dim, self.iterations = n_capsules, dim, iterations
+        self.w_stddev, self.gradient = w_stddev, gradient
         self.use_bias = use_bias
 
     def build(self, input_shape):
@@ -355,7 +367,7 @@ class DigitCapsules(keras.layers.Layer):
         _, i, c = input_shape
         self.W = self.add_weight(
             shape=(self.n_capsules, i, c, self.dim),
-            initializer=keras.initializers.TruncatedNormal(stddev=0.1),
+            initializer=keras.initializers.TruncatedNormal(stddev=self.w_stddev),
             name="W",
         )
         if self.use_bias:
@@ -378,7 +390,7 @@ class DigitCapsules(keras.layers.Layer):
             bias = tf.cast(tf.convert_to_tensor(self.bias), tf.float32)
 
         def route(u):
-            return routing(votes(u, weights), self.iterations, bias=bias)
+            return routing(votes(u, weights), self.iterations, bias=bias, gradient=self.gradient)
 
         if not chunk_size or not u.shape[0] or u.shape[0] % chunk_size:
             return route(u)

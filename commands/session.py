@@ -96,7 +96,7 @@ class Session:
         if self.flags.multi_MNIST or not self.flags.data_deformation:
             return data
         return data._replace(
-            max_shift=config.MAX_SHIFT, ground=datasets.even_ground(dataset.x_train)
+            max_shift=self.flags.fractional_shift or config.MAX_SHIFT, ground=datasets.even_ground(dataset.x_train)
         )
 
     @functools.cached_property
@@ -156,6 +156,9 @@ class Session:
                 **self.network_config._asdict(),
                 conv=self.conv,
                 initialization=self.flags.initialization,
+                w_stddev=self.flags.w_stddev,
+                gradient=self.flags.routing_gradient,
+                target=self.flags.target,
                 dtype=self.flags.precision,
             )
 
