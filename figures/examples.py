@@ -122,7 +122,7 @@ def draw_predictions(originals, images, reconstructions, captions):
     Args:
         originals: N arrays (h, w, 1 or 3) uint8 of any sizes, N >= 1.
         images: (N, H, W, C), as the network gets them.
-        reconstructions: (N, K, H, W, C), from the K longest capsules.
+        reconstructions: (N, K, H, W, C), from the K longest capsules; K = 0 without capsules.
         captions: the lines of text of each file, as many for each.
 
     Returns:
@@ -130,10 +130,11 @@ def draw_predictions(originals, images, reconstructions, captions):
     """
     title = "Predictions for " + _counted(len(images), "image", 40)
     digits = np.shape(reconstructions)[1]
-    longest = "its reconstruction from the longest capsule"
-    if digits > 1:
-        longest = f"its reconstructions from the {digits} longest capsules"
-    note = f"the file, the image as the network gets it, and {longest}"
+    note = "the file, the image as the network gets it"
+    if digits == 1:
+        note += ", and its reconstruction from the longest capsule"
+    elif digits > 1:
+        note += f", and its reconstructions from the {digits} longest capsules"
     columns = [images, *np.moveaxis(np.asarray(reconstructions[:40]), 1, 0)]
     seen = [enlarge(to_rgb(column[:40])) for column in columns]
     fitted = [_fit_into_tile(original, *seen[0].shape[1:3]) for original in originals[:40]]

@@ -214,6 +214,15 @@ def test_predictions_are_triples_below_their_captions():
         assert page_of(examples.draw_predictions, *some).title == title
 
 
+def test_predictions_of_a_network_without_capsules_have_no_reconstruction():
+    images, originals = noise(2), [np.full((9, 9, 1), 7, np.uint8)] * 2
+    none = list(np.zeros((2, 0, *images.shape[1:])))
+    captions = [["a.png"], ["b.png"]]
+    page = page_of(examples.draw_predictions, originals, list(images), none, captions)
+    assert page.note == "the file, the image as the network gets it"
+    assert page.contents.shape[1] == 2 * (2 * SIDE - SEAM) + GAP
+
+
 def test_predictions_of_pairs_have_both_reconstructions():
     images, reconstructions = noise(5), noise(5, 2, seed=1)
     captions = [["a.png", "0: 0.9"]] * 5
