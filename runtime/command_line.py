@@ -223,19 +223,18 @@ def describe_problem(error, names):
     return text.removeprefix("ERROR:: ")
 
 
-def advice_for(error, table, out_of_memory=False):
+def advice_for(error, table):
     """Return what the user can do against an error, "" if the error says so itself.
 
     Args:
         error: the error.
         table: dict of type of error to advice; an error without its own gets that of its base.
-        out_of_memory: whether it says that memory is short.
     """
     if isinstance(error, DataFileError):
         if error.dataset is None:
             return "put a good copy in its place"
         return f"run: {download_command(error)}"
-    kinds = (MemoryError,) if out_of_memory else type(error).__mro__
+    kinds = (MemoryError,) if messages.is_out_of_memory(error) else type(error).__mro__
     return next((table[kind] for kind in kinds if kind in table), "")
 
 
@@ -264,7 +263,8 @@ def parse(argv, definitions):
         flags.DEFINE(Parser(flag.parse), flag.name, flag.default, flag.help, flag_values=values)
     names = [flag.name for flag in definitions]
     if stray := read_values(values, argv):
-        raise UsageError(stray_word(stray[0], names))
+        problem = stray_word(stray[0], names)
+        raise UsageError(problem + see_help(problem))
     return values
 
 
@@ -356,6 +356,6 @@ def run_program(argv, help_text, function, advice):
     except Exception as error:
         if not messages.is_expected(error):
             raise
-        helps = advice_for(error, advice, messages.is_out_of_memory(error))
-        print(f"{program}: {messages.describe_error(error, helps)}", file=sys.stderr)
+        line = messages.describe_error(error, advice_for(error, advice))
+        print(f"{program}: {line}", file=sys.stderr)
         return 1

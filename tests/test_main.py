@@ -42,7 +42,7 @@ import utils
 from capsnet import errors
 from commands.devices import Devices
 from inputs import datasets
-from runtime import machine, messages, startup
+from runtime import command_line, machine, messages, startup
 from training.folders import claim, run_lock
 from training.interrupt import Interrupted
 from training.trainer import Trainer
@@ -758,12 +758,15 @@ def test_advice_for_files_of_a_data_set_is_to_download_it_to_their_place(tmp_pat
         ("a.npz", None, "put a good copy in its place"),
     ]
     for place, name, expected in advised:
-        assert main.advice(errors.DataFileError(place, "bad", name)) == expected
+        assert (
+            command_line.advice_for(errors.DataFileError(place, "bad", name), main.ADVICE)
+            == expected
+        )
     monkeypatch.chdir(tmp_path)
     there = errors.DataFileError(ROOT / "data/a/file", "bad", "a")
     expected = f"run: python {ROOT / 'download.py'} a --data_dir={ROOT / 'data'}"
-    assert main.advice(there) == expected
-    assert main.advice(errors.UserError("says it itself")) == ""
+    assert command_line.advice_for(there, main.ADVICE) == expected
+    assert command_line.advice_for(errors.UserError("says it itself"), main.ADVICE) == ""
 
 
 DOWNLOAD = ROOT / "download.py"
@@ -860,6 +863,7 @@ def test_the_table_of_results_in_the_docs_is_the_one_made_from_the_results():
 
 def test_a_lack_of_memory_that_tensorflow_reports_gets_the_advice_for_a_lack_of_memory():
     short = tf.errors.ResourceExhaustedError(None, None, "Out of memory allocating 12 bytes")
-    assert main.advice(short) == main.advice(MemoryError()) == main.ADVICE[MemoryError]
+    for error in short, MemoryError():
+        assert command_line.advice_for(error, main.ADVICE) == main.ADVICE[MemoryError]
     full = tf.errors.ResourceExhaustedError(None, None, "a; No space left on device")
-    assert main.advice(full) == ""
+    assert command_line.advice_for(full, main.ADVICE) == ""

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import utils
 from capsnet import errors
 from runtime import machine, messages, startup, terminal
 from training.progress import Progress
@@ -53,7 +52,7 @@ def output_of(code, **environment):
 def test_the_allocator_and_the_log_level_are_set_before_tensorflow_is_imported():
     code = """
 import os, sys
-import runtime
+from runtime import startup
 calls = []
 startup.tune_malloc = lambda: calls.append("tensorflow" in sys.modules)
 
@@ -79,7 +78,7 @@ def test_keras_computes_with_tensorflow_whatever_the_user_has_set(tmp_path, vari
     settings = {"backend": "torch", "floatx": "float16", "image_data_format": "channels_first"}
     (tmp_path / "keras.json").write_text(json.dumps(settings))
     code = """
-import runtime
+from runtime import startup
 tf = startup.start_tensorflow()
 import keras
 print(keras.backend.backend(), keras.config.floatx(), keras.config.image_data_format())
@@ -145,7 +144,8 @@ def test_a_log_level_in_the_environment_takes_precedence(monkeypatch, before, af
 def test_signals_that_arrive_in_a_matrix_product_do_not_damage_the_heap():
     """oneDNN's product of this shape keeps its buffer at the stack pointer (with AVX-512)."""
     code = """
-import os, runtime, signal, time
+import os, signal, time
+from runtime import startup
 if hasattr(os, "sched_setaffinity"):  # on one core the main thread computes the product itself
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 tf = startup.start_tensorflow()
@@ -168,7 +168,8 @@ print(len(seen) > 10, float(tf.reduce_min(result)), float(tf.reduce_max(result))
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads Linux's structures")
 def test_signals_have_a_stack_large_enough_for_the_processors_registers():
     code = """
-import ctypes, runtime
+import ctypes
+from runtime import startup
 startup.receive_signals_on_their_own_stack()
 
 class Stack(ctypes.Structure):  # stack_t, signal.h
@@ -359,7 +360,7 @@ def git(folder, *words):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A git repository with one commit, which has a tag, in place of the program's own."""
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     git(tmp_path, "init")
     (tmp_path / "a").write_text("1")
     git(tmp_path, "add", "a")
@@ -390,7 +391,7 @@ def test_the_commit_is_asked_for_once(repository):
 
 
 def test_without_a_repository_or_without_git_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert machine.commit.__wrapped__() is None
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -573,7 +574,7 @@ def test_no_color_is_honoured(clock, monkeypatch, capsys, no_color):
 def test_both_streams_print_any_text_in_any_encoding(encoding):
     code = """
 import sys
-import runtime
+from runtime import terminal
 terminal.escape_unencodable_output()
 for stream in (sys.stdout, sys.stderr):
     print("9\\u732b\\udcff", file=stream)
@@ -688,14 +689,24 @@ def test_an_error_becomes_one_line_with_what_to_do(error, advice, line):
 
 
 @pytest.mark.parametrize("kind", ["Unavailable", "Aborted", "Cancelled", "DeadlineExceeded"])
-def test_among_several_workers_a_lost_connection_is_a_lost_worker(kind):
+def test_among_several_workers_a_lost_connection_is_a_lost_worker(monkeypatch, kind):
     error = tensorflow_error(getattr(tf.errors, f"{kind}Error"), "a socket")
-    assert messages.describe_error(error, several_workers=True) == LOST
-    assert messages.describe_error(error, several_workers=False) == "a socket" + SAVED
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert messages.describe_error(error) == "a socket" + SAVED
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    assert messages.describe_error(error) == LOST
 
 
-def test_among_several_workers_other_errors_are_described_as_always():
+def test_among_several_workers_other_errors_are_described_as_always(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
     error = tensorflow_error(tf.errors.InvalidArgumentError, "shapes differ")
-    assert messages.describe_error(error, several_workers=True) == "shapes differ" + SAVED
-    error = errors.UserError("no good")
-    assert messages.describe_error(error, "try that", several_workers=True) == "no good; try that"
+    assert messages.describe_error(error) == "shapes differ" + SAVED
+    assert messages.describe_error(errors.UserError("no good"), "try that") == "no good; try that"
+
+
+def test_errors_of_the_user_the_system_and_tensorflow_are_no_bugs():
+    of_tensorflow = tensorflow_error(tf.errors.InvalidArgumentError, "shapes differ")
+    for error in errors.UserError("a"), OSError("b"), MemoryError(), of_tensorflow:
+        assert messages.is_expected(error)
+    for error in KeyError("a"), ValueError("b"), errors.UsageError("c"):
+        assert not messages.is_expected(error)
