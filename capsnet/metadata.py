@@ -24,6 +24,12 @@ _TRAINING = {
     "multi_MNIST": False,
     "data_deformation": False,  # overlapping digits are shifted in any case
 }
+# Settings whose values tell a reader nothing.
+_FINGERPRINTS = {
+    "data": "the training images differ",
+    "validation_data": "the validation images differ",
+    "initial_weights": "the initial weights differ",
+}
 _APPEARANCE = {"inverted": False, "subtracted": None, "white": None}
 
 
@@ -53,10 +59,10 @@ def complete_training(training):
 
 
 def differences(old, new):
-    """Name the entries in which two dicts differ, with both values; "" if there are none."""
+    """Name the entries in which two dicts differ, most with both values; "" if there are none."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
     return ", ".join(
-        f"{name} is {old.get(name)} there and {new.get(name)} here"
+        _FINGERPRINTS.get(name) or f"{name} is {old.get(name)} there and {new.get(name)} here"
         for name in sorted(old | new)
         if old.get(name) != new.get(name)
     )

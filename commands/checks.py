@@ -78,9 +78,10 @@ def weights_suffice(values):
     if any(getattr(values, mode) for mode in config.MODES_WITH_DATA):
         return False
     name = datasets.dataset_name(values.dataset)
-    if values.multi_MNIST:
-        return os.path.isdir(os.path.join(values.multi_checkpoint_dir, f"multi_{name}"))
-    return os.path.isdir(os.path.join(values.checkpoint_dir, name))
+    folder = values.multi_checkpoint_dir if values.multi_MNIST else values.checkpoint_dir
+    if values.validation_check:
+        folder = values.val_checkpoint_dir
+    return os.path.isdir(os.path.join(folder, f"multi_{name}" if values.multi_MNIST else name))
 
 
 def fill_in(values):

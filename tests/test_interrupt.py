@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from training.interrupt import Interrupted, StopSignal
+from training.interrupt import SIGNALS, Interrupted, StopSignal
 
 
 class Handled(Exception):
@@ -19,15 +19,15 @@ def handlers():
     def handle(number, frame):
         raise Handled(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = SIGNALS
     before = [signal.signal(number, handle) for number in numbers]
     yield handle
-    assert [signal.getsignal(number) for number in numbers] == [handle, handle]
+    assert [signal.getsignal(number) for number in numbers] == [handle] * len(numbers)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_reported_on_leaving(number):
     with pytest.raises(Interrupted, match=f"signal {int(number)}") as caught, StopSignal() as stop:
         assert stop.number is None
@@ -43,6 +43,26 @@ def test_the_same_signal_again_acts_at_once(number):
         signal.raise_signal(number)
         raise AssertionError("the second signal was only noted")
     assert caught.value.args == (number,)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals")
+def test_terminals_and_batch_systems_may_repeat_themselves():
+    assert {signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU} < set(SIGNALS)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+        with pytest.raises(Interrupted), StopSignal() as stop:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert stop.number == number
+
+
+def test_an_ignored_signal_stays_ignored(handlers):
+    number = SIGNALS[-1]
+    signal.signal(number, signal.SIG_IGN)
+    with StopSignal() as stop:
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.raise_signal(number)
+    assert stop.number is None
+    signal.signal(number, handlers)
 
 
 def test_a_signal_of_the_other_kind_does_not_cut_the_save_short(handlers):

@@ -354,13 +354,20 @@ def test_a_folder_of_images_is_a_data_set(tmp_path, monkeypatch):
         assert main.parse(["main.py", f"--dataset={name}"]).dataset == f"{tmp_path}/mine"
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_a_folder_of_images_may_be_gone_once_there_are_weights(tmp_path, monkeypatch, pairs):
+@pytest.mark.parametrize(
+    "flag, folder",
+    [
+        ("--nomulti_MNIST", "checkpoint/gone"),
+        ("--multi_MNIST", "multi_checkpoint/multi_gone"),
+        ("--validation_check", "val_checkpoint/gone"),
+    ],
+)
+def test_a_folder_of_images_may_be_gone_once_there_are_weights(tmp_path, monkeypatch, flag, folder):
     monkeypatch.chdir(tmp_path)
-    words = ["main.py", "--dataset=in/gone", "--predict=a.png", f"--multi_MNIST={pairs}"]
+    words = ["main.py", "--dataset=in/gone", "--predict=a.png", flag]
     with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):
         main.parse(words)
-    Path("multi_checkpoint/multi_gone" if pairs else "checkpoint/gone").mkdir(parents=True)
+    Path(folder).mkdir(parents=True)
     assert main.parse(words).dataset == "in/gone"
     for mode in "train", "test":
         with pytest.raises(errors.UsageError, match="--dataset=in/gone is unknown"):

@@ -5,10 +5,17 @@ import signal
 
 from capsnet.errors import Interrupted
 
+# What a user, a closing terminal and a batch system such as Slurm send.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# A closing terminal may send SIGHUP twice, and a batch system repeats a warning.
+IMPATIENT = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopSignal:
-    """Context manager that notes the first SIGTERM and the first Ctrl-C; a second one acts at once.
+    """Context manager that notes a signal to stop; a second Ctrl-C or SIGTERM acts at once.
 
+    A signal that is ignored, as under nohup, stays ignored.
     Leaving it without an exception raises Interrupted if a signal came when there was no step left
     that could have noticed it.
 
@@ -21,7 +28,9 @@ class StopSignal:
         self._previous = {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -34,4 +43,5 @@ class StopSignal:
 
     def _handle(self, number, frame):
         self.number = number
-        signal.signal(number, self._previous[number])
+        if number in IMPATIENT:
+            signal.signal(number, self._previous[number])
