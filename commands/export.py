@@ -61,7 +61,7 @@ def write_network(network, folder, metadata, card, digits=1):
     Args:
         network: it is written with direct convolutions, which run on any machine.
         folder: gets capsnet.keras or cnn.keras (needs ops and model to be imported), saved_model
-            (needs only TensorFlow), weights.npz (float16, for `load_exported`) and README.md.
+            (needs only TensorFlow), weights.npz (float16, for `load_network`) and README.md.
         metadata: metadata of the checkpoint.
         card: text of README.md.
         digits: K, in each image.
