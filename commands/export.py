@@ -25,8 +25,7 @@ from utils import ROOT
 def export(flags, weights):
     """Write the network to a new folder, with a card that says what it is.
 
-    Raises:
-        UserError: the folder is not new, or cannot be written.
+    Raise UserError if the folder is not new, or cannot be written.
     """
     folder, logs, result = Path(flags.export), run_folders(flags).logs, None
     with contextlib.suppress(OSError, ValueError):
@@ -62,12 +61,9 @@ def write_network(network, folder, metadata, card, digits=1):
         network: it is written with direct convolutions, which run on any machine.
         folder: gets capsnet.keras or cnn.keras (needs ops and model to be imported), saved_model
             (needs only TensorFlow), weights.npz (float16, for `load_network`) and README.md.
-        metadata: metadata of the checkpoint.
+        metadata: that of the weights.
         card: text of README.md.
         digits: K, in each image.
-
-    Raises:
-        UserError: the folder exists and is not empty, or cannot be written.
     """
     check_new(folder)
     folder = Path(folder)
@@ -92,12 +88,7 @@ def write_network(network, folder, metadata, card, digits=1):
 
 
 def archive_with_endpoint(network, digits):
-    """Return an ExportArchive that serves what `network.serve` returns.
-
-    Args:
-        network: of any kind.
-        digits: K, digits in each image.
-    """
+    """Return an ExportArchive that serves what `network.serve` returns for K = `digits`."""
 
     def serve(images):
         return network.serve(images, digits)
@@ -146,12 +137,7 @@ def model_card(name, weights, metadata, result):
 
 
 def measured(metadata, result):
-    """Say what a test of weights measured, or that none did.
-
-    Args:
-        metadata: that of the weights.
-        result: contents of test.json, or None.
-    """
+    """Say what a test measured, if `result` is the test.json of weights of this metadata."""
     tested = result and (result["checkpoint_step"], complete_training(result["training"]))
     pairs = "\nA pair of digits is wrong if at least one of them is."
     ending = pairs if metadata["training"]["multi_MNIST"] else ""
