@@ -242,14 +242,7 @@ def draw_examples(network, data):
         return {}
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(slice(EXAMPLES)))
     names, first = drawable_names(data.class_names), outputs.predictions[:1, 0]
-    reconstructions = examples.draw_reconstructions(
-        outputs.canvas,
-        outputs.with_label,
-        outputs.without_label,
-        labels,
-        outputs.predictions,
-        names,
-    )
+    reconstructions = examples.draw_reconstructions(outputs, labels, names)
     tweaked = network.tweak(outputs.capsules[:1], first)[:, 0]
     overview = tweaks.draw_tweak_overview(tweaked, model.TWEAKS, names[first[0]])
     return {"reconstructions": reconstructions, "tweaks": overview}

@@ -89,8 +89,7 @@ def fit_text(x, y, text, width=math.inf, points=7, bold=False, color=INK, anchor
 def draw_page(title, note, pixels, texts):
     """Draw `pixels` (H, W, 3) with `texts` over and around them, below a title and a note.
 
-    Returns:
-        The pixels of the whole page, which is as large as the texts need.
+    The page is as large as the texts need.
     """
     boxes = [(0, 0, pixels.shape[1], pixels.shape[0]), *(text.box() for text in texts)]
     left, top = np.min(boxes, axis=0)[:2]
@@ -124,9 +123,6 @@ def draw_tiles(title, note, tiles, captions, per_row, above=(), before=(), gap=G
         above: heads of the tiles' columns.
         before: heads of the tiles' rows.
         gap: pixels between examples side by side.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     tiles = enlarge(to_rgb(tiles))
     columns, height, width = tiles.shape[2:5]

@@ -14,9 +14,6 @@ def draw_tweak(images, deltas, dimension, row_names):
         deltas: (steps,), what was added to the dimension.
         dimension: its number.
         row_names: class of each digit.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     title = f"Dimension {dimension} of the longest capsule of each image, changed"
     return _draw_steps(title, images, deltas, row_names)
@@ -30,9 +27,6 @@ def draw_tweak_overview(images, deltas, class_name, row_names=None):
         deltas: (steps,), what was added to the dimension.
         class_name: class of the digit.
         row_names: names of chosen dimensions, None if `images` has all of them.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     which = "Each dimension" if row_names is None else "Chosen dimensions"
     row_names = row_names or [f"dim {i}" for i in range(len(images))]
@@ -48,7 +42,7 @@ def _draw_steps(title, images, deltas, row_names):
 
 
 def draw_sweep(images, deltas, row_names):
-    """Draw digits with each dimension of their capsules changed, a page for each step.
+    """Draw digits with each dimension of their capsules changed: a page of half size for each step.
 
     Args:
         images: (dims, digits, steps, H, W, C).
@@ -56,7 +50,7 @@ def draw_sweep(images, deltas, row_names):
         row_names: class of each digit.
 
     Returns:
-        The pixels of each page, uint8 (H, W, 3), at half the size.
+        List of the pixels of each page.
     """
     note = "one column per dimension of the capsule, the other dimensions as the network found them"
     above = [str(dimension) for dimension in range(len(images))]
