@@ -21,7 +21,7 @@ def arrange(images, columns, below, beside, color):
 
 
 def draw_grid(images):
-    """Draw images (B, H, W, C) row by row in ceil(sqrt(B)) columns, enlarged by 3, grey between them.
+    """Draw images (B, H, W, C) row by row in ceil(sqrt(B)) columns, enlarged by 3, grey between.
 
     B >= 1; the images are uint8 or floats in [0, 1]. Unused cells are grey.
     """
