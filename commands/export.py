@@ -69,12 +69,18 @@ def write_network(network, folder, metadata, card, digits=1):
     folder = Path(folder)
     portable = build(network.config, initialization=network.initialization)
     portable.set_weights(network.get_weights())
+    shape = (None, *network.config.image_shape)
+
+    def serve(images):
+        return portable.serve(images, digits)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         unfinished = Path(temporary, folder.name)
-        archive_with_endpoint(portable, digits).write_out(
-            str(unfinished / "saved_model"), verbose=False
-        )
+        archive = keras.export.ExportArchive()
+        archive.track(portable)
+        archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
+        archive.write_out(str(unfinished / "saved_model"), verbose=False)
         portable.save(unfinished / keras_file(network))
         halves = {
             path: value.numpy().astype(np.float16)
@@ -85,19 +91,6 @@ def write_network(network, folder, metadata, card, digits=1):
         )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         os.replace(unfinished, folder)
-
-
-def archive_with_endpoint(network, digits):
-    """Return an ExportArchive that serves what `network.serve` returns for K = `digits`."""
-
-    def serve(images):
-        return network.serve(images, digits)
-
-    archive = keras.export.ExportArchive()
-    archive.track(network)
-    shape = (None, *network.config.image_shape)
-    archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
-    return archive
 
 
 def model_card(name, weights, metadata, result):
