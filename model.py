@@ -168,8 +168,7 @@ class CapsNet(Network):
             (B, H, W, C).
 
         Raises:
-            ValueError: both or none of `images` and `capsules` are given, or a shape or a class is
-                wrong, or images are no floats from 0 to 1.
+            ValueError: both or none of `images` and `capsules` are given, or one of them is wrong.
         """
         if (images is None) == (capsules is None):
             raise ValueError("give either images or capsules")
@@ -196,12 +195,8 @@ class CapsNet(Network):
     def tweak(self, capsules, classes):
         """Reconstruct capsules with one dimension changed by each of TWEAKS (section 5.1).
 
-        Args:
-            capsules: (N, J, D) array.
-            classes: (N,), which of the J capsules to change and decode.
-
-        Returns:
-            Array (D, N, S, H, W, C), S = len(TWEAKS).
+        (N, J, D), and which of the J to change and decode, (N,) -> array (D, N, S, H, W, C), with
+        S = len(TWEAKS).
         """
         n, n_classes, dims = capsules.shape
         steps = len(TWEAKS)

@@ -91,24 +91,26 @@ def scores_per_class(evaluation, class_names):
     the hits over present and predicted together, where a class is neither. The accuracy of a class
     is its recall.
     """
-    precision, recall, f1 = {}, {}, {}
-    for number, name in enumerate(class_names):
-        present = (evaluation.labels == number).any(axis=1)
-        predicted = (evaluation.predictions == number).any(axis=1)
-        hits = np.sum(present & predicted)
-        precision[name] = _share(hits, predicted.sum())
-        recall[name] = _share(hits, present.sum())
-        f1[name] = _share(2 * hits, present.sum() + predicted.sum())
+    classes = np.arange(len(class_names))
+    present, predicted = (
+        (part[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
+        for part in (evaluation.labels, evaluation.predictions)
+    )
+    hits, present, predicted = (
+        part.sum(axis=0) for part in (present & predicted, present, predicted)
+    )
+
+    def shares(parts, wholes):
+        ratios = zip(class_names, parts, wholes, strict=True)
+        return {name: float(part / whole) if whole else None for name, part, whole in ratios}
+
+    recall = shares(hits, present)
     return {
         "accuracy_per_class": recall,
-        "precision_per_class": precision,
+        "precision_per_class": shares(hits, predicted),
         "recall_per_class": recall,
-        "f1_per_class": f1,
+        "f1_per_class": shares(2 * hits, present + predicted),
     }
-
-
-def _share(part, whole):
-    return float(part / whole) if whole else None
 
 
 def confusion(evaluation, class_names):

@@ -67,10 +67,7 @@ def is_drawable(text):
 
 
 def drawable_names(class_names):
-    """Return the names of classes as pictures show them.
-
-    A name with a character that the font lacks is replaced by the number of its class, as "#3".
-    """
+    """Return the names of classes as pictures show them: "#3" if the font lacks a character."""
     return tuple(
         name if is_drawable(name) else f"#{number}" for number, name in enumerate(class_names)
     )

@@ -15,13 +15,9 @@ _SPLIT_NAMES = {"train": "training images", "validation": "held-out images"}
 
 
 def new_figure(panels, width=7, height=2.8, **kwargs):
-    """Create a Matplotlib figure, which needs no display; return it and an array of its panels.
+    """Create a Matplotlib figure, `width` by `height` inches, that needs no display.
 
-    Args:
-        panels: number of panels, side by side.
-        width: in inches.
-        height: in inches.
-        **kwargs: passed to `Figure.subplots`, for example `sharey=True`.
+    Return it and the array of its panels, side by side; `kwargs` are of `Figure.subplots`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
