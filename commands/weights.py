@@ -123,17 +123,11 @@ def config_of(metadata, folder):
 
 def refuse_contradictions(flags, config, folder):
     """Raise UserError if a flag of the network is given and the weights are of another network."""
-    if flags["network"].present and flags.network != config.network:
-        raise UserError(
-            f"--network={flags.network} is given, and the weights in {folder} are of network="
-            f"{config.network}; leave the flag out, or take other weights"
-        )
     own = {field.name for field in config.settings()}
-    for name in sorted({field.name for kind in NETWORKS.values() for field in kind.settings()}):
-        if not flags[name].present:
-            continue
+    settings = {field.name for kind in NETWORKS.values() for field in kind.settings()}
+    for name in ("network", *sorted(settings)):
         here, there = getattr(flags, name), getattr(config, name, None)
-        if name not in own or here != there:
+        if flags[name].present and here != there:
             have = f"have {name}={there}" if name in own else f"are of network={config.network}"
             raise UserError(
                 f"--{name}={here} is given, and the weights in {folder} {have}; leave the flag "
