@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from capsnet.base import Network
+from capsnet.base import Inference, Network
 from capsnet.cnn import CNN
 from capsnet.networks import CapsNetConfig
 
@@ -35,6 +35,28 @@ class Outputs(NamedTuple):
         return self.lengths
 
 
+class CapsNetInference(Inference):
+    """A CapsNet for inference, whose largest product is apart.
+
+    That product is computed between two compiled parts: on a CPU, oneDNN is faster at it than XLA.
+    Routing is then faster too.
+    """
+
+    def compute(self, images, spectra):
+        """Compute the digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
+        network = self.network
+        chunk_size = CHUNK_SIZE if network.conv == "dft" else None  # the convolution for a CPU
+
+        def before(images):
+            return network.primary.prepare(network.conv1(images, spectra[0]), spectra[1])
+
+        def after(products):
+            return network.digits(network.primary.finish(products), chunk_size=chunk_size)
+
+        before, after = self.compile_part(before), self.compile_part(after)
+        return after(network.primary.multiply(before(images), spectra[1]))
+
+
 @ops.register
 class CapsNet(Network):
     """Conv → primary capsules → routed digit capsules → masked decoder (section 4, figures 1, 2).
@@ -48,7 +70,7 @@ class CapsNet(Network):
         ImageTooSmall: two convolutions leave nothing of an image.
     """
 
-    config_class = CapsNetConfig
+    config_class, inference_class = CapsNetConfig, CapsNetInference
 
     def make_layers(self, config, initializers):
         """Create and build all layers."""
@@ -118,24 +140,13 @@ class CapsNet(Network):
         return self.digits(primary.finish(products))
 
     def call(self, images):
-        """Compute lengths (B, J) and capsules (B, J, D) of images.
-
-        Args:
-            images: (B, H, W, C), floats from 0 to 1.
-
-        Raises:
-            ValueError: the images have another shape, or are integers.
-        """
+        """Compute lengths (B, J) and capsules (B, J, D) of images (B, H, W, C) from 0 to 1."""
         self.check_images(images)
         capsules = self.capsules(images)
         return ops.length(capsules), capsules
 
     def serve(self, images, k=1):
-        """Compute what an exported network returns, with reconstructions of the k longest capsules.
-
-        Args:
-            images: (B, H, W, C), floats from 0 to 1.
-            k: K, digits in an image.
+        """Compute what an exported network returns, with reconstructions of the K longest capsules.
 
         Returns:
             Dict of lengths (B, J), capsules (B, J, D) and reconstructions (B, K, H, W, C).
@@ -157,8 +168,7 @@ class CapsNet(Network):
             (B, H, W, C).
 
         Raises:
-            ValueError: both or none of `images` and `capsules` are given, or a shape or a class is
-                wrong, or images are no floats from 0 to 1.
+            ValueError: both or none of `images` and `capsules` are given, or one of them is wrong.
         """
         if (images is None) == (capsules is None):
             raise ValueError("give either images or capsules")
@@ -185,12 +195,8 @@ class CapsNet(Network):
     def tweak(self, capsules, classes):
         """Reconstruct capsules with one dimension changed by each of TWEAKS (section 5.1).
 
-        Args:
-            capsules: (N, J, D) array.
-            classes: (N,), which of the J capsules to change and decode.
-
-        Returns:
-            Array (D, N, S, H, W, C), S = len(TWEAKS).
+        (N, J, D), and which of the J to change and decode, (N,) -> array (D, N, S, H, W, C), with
+        S = len(TWEAKS).
         """
         n, n_classes, dims = capsules.shape
         steps = len(TWEAKS)
@@ -206,15 +212,7 @@ class CapsNet(Network):
     # --- What the engine needs (see `training.network`) -------------------------------------------
 
     def outputs(self, batch, seed=None):
-        """Run the network on a batch and return all outputs.
-
-        Args:
-            batch: a batch from `inputs.pipeline.batches`.
-            seed: (2,), of random numbers in training. This network draws none.
-
-        Returns:
-            Outputs.
-        """
+        """Run the network on a batch and return Outputs; it needs no random numbers."""
         return self.outputs_by(self.capsules, batch)
 
     def outputs_by(self, compute_capsules, batch):
@@ -245,70 +243,11 @@ class CapsNet(Network):
         """Return the terms of the loss of each image, by name: (B,) each (section 4.1)."""
         return {"margin": outputs.margin_loss, "reconstruction": outputs.reconstruction_loss}
 
-    def inference(self, compile_part):
-        """Return the network prepared for many batches with the same weights.
-
-        Args:
-            compile_part: compiles a function.
-        """
-        return Inference(self, compile_part)
-
-
-class Inference:
-    """A CapsNet for inference: kernels are transformed once, and its largest product is apart.
-
-    That product is computed between two compiled parts: on a CPU, oneDNN is faster at it than XLA.
-    Routing is then faster too.
-
-    Args:
-        network: CapsNet.
-        compile_part: compiles a function.
-    """
-
-    def __init__(self, network, compile_part):
-        self.network, self.compile_part = network, compile_part
-        self.prepare = compile_part(self._spectra)
-
-    def _spectra(self):
-        """Transform the kernels of both convolutions, which depend on the weights alone."""
-        return self.network.conv1.spectrum(), self.network.primary.spectrum()
-
-    def outputs(self, batch, spectra):
-        """Run the network on a batch and return all outputs.
-
-        Args:
-            batch: a batch from `inputs.pipeline.batches`.
-            spectra: what `prepare` returned, if no weight has changed since.
-
-        Returns:
-            Outputs.
-        """
-        return self.network.outputs_by(lambda canvas: self.capsules(canvas, spectra), batch)
-
-    def capsules(self, images, spectra):
-        """Compute the digit capsules: (B, H, W, C) in [0, 1] -> (B, J, D)."""
-        network = self.network
-        chunk_size = CHUNK_SIZE if network.conv == "dft" else None  # the convolution for a CPU
-
-        def before(images):
-            return network.primary.prepare(network.conv1(images, spectra[0]), spectra[1])
-
-        def after(products):
-            return network.digits(network.primary.finish(products), chunk_size=chunk_size)
-
-        before, after = self.compile_part(before), self.compile_part(after)
-        return after(network.primary.multiply(before(images), spectra[1]))
-
 
 CLASSES = {"capsnet": CapsNet, "cnn": CNN}  # by the names of `capsnet.networks.NETWORKS`
 
 
 def build(config, **options):
-    """Return the network of a config, with first weights.
-
-    Args:
-        config: one of `capsnet.networks`.
-        **options: conv, initialization, dtype and the like, see the classes.
-    """
+    """Return the network of a config, with first weights; see the classes for the options."""
     settings = config.describe()
     return CLASSES[settings.pop("network")](**settings, **options)

@@ -35,11 +35,7 @@ def length(capsules):
 def squash(s):
     """Shrink each vector to a length below 1 (eq. 1): v = ‖s‖²/(1+‖s‖²) · s/‖s‖.
 
-    Args:
-        s: (..., D), of any type.
-
-    Returns:
-        (..., D), float32.
+    (..., D) of any type -> (..., D) float32.
     """
     s = tf.cast(s, tf.float32)
     squared = tf.reduce_sum(tf.square(s), axis=-1, keepdims=True)
@@ -47,16 +43,9 @@ def squash(s):
 
 
 def votes(u, weights):
-    """Compute the votes û_{j|i} = W_ij u_i (eq. 2).
+    """Compute the votes û_{j|i} = W_ij u_i (eq. 2): (B, I, C), (J, I, C, D) -> (B, J, I, D).
 
     One product, batched over i, computes them all, so W is not copied for each image.
-
-    Args:
-        u: (B, I, C), the lower capsules.
-        weights: (J, I, C, D), W.
-
-    Returns:
-        (B, J, I, D).
     """
     j, i, c, d = weights.shape
     w = tf.reshape(tf.transpose(weights, (1, 2, 0, 3)), (i, c, j * d))
@@ -113,14 +102,11 @@ def routing(u_hat, iterations, on_iteration=None, bias=None, none_of_the_above=F
 
 
 def margin_loss(lengths, present):
-    """Compute the margin loss (eq. 4) of each image, summed over the classes.
+    """Compute the margin loss (eq. 4) of each image, summed over the classes: (B,).
 
     Args:
         lengths: (B, J), ‖v_k‖ as they are, without a softmax.
         present: (B, J), T_k: 1 where a digit of the class is present, else 0.
-
-    Returns:
-        (B,).
     """
     too_short = tf.square(tf.maximum(0.0, M_PLUS - lengths))
     too_long = tf.square(tf.maximum(0.0, lengths - M_MINUS))
@@ -238,9 +224,7 @@ class Convolution(keras.layers.Layer):
     def call(self, images, spectrum=None):
         """Convolve: (B, H, W, C) -> (B, rows, columns, filters).
 
-        Args:
-            images: (B, H, W, C).
-            spectrum: what `spectrum` returned, if the kernel has not changed since.
+        `spectrum` is what the method returned, if the kernel has not changed since.
         """
         return self.finish(self.multiply(self.prepare(images, spectrum), spectrum))
 
@@ -362,12 +346,10 @@ class DigitCapsules(keras.layers.Layer):
             )
 
     def call(self, u, chunk_size=None):
-        """Route: (B, I, C) -> (B, J, D).
+        """Route the lower capsules: (B, I, C) -> (B, J, D).
 
-        Args:
-            u: (B, I, C), the lower capsules.
-            chunk_size: route this many images at a time, if B is a multiple of it. Their votes then
-                stay in a CPU's cache. That is faster, unless gradients are needed.
+        With `chunk_size` that many images are routed at a time, if B is a multiple of it. Their
+        votes then stay in a CPU's cache. That is faster, unless gradients are needed.
         """
         weights, bias = tf.convert_to_tensor(self.W), None
         if self.use_bias:  # float32, as all of routing

@@ -87,12 +87,7 @@ def write_csv(path, header, rows):
 
 
 def find_in_cwd_or_repo(folder, needed):
-    """Return a folder of the working folder or else of the program that has a file, or None.
-
-    Args:
-        folder: path, relative to the working folder or to the program's.
-        needed: name of the file or folder that must be in it.
-    """
+    """Return a folder, of the working folder or else the program, that has a file, or None."""
     candidates = Path(folder), ROOT / folder
     return next((path for path in candidates if (path / needed).exists()), None)
 
@@ -110,9 +105,6 @@ def random_stream(seed, epoch, purpose):
         seed: integer from 0, of any size.
         epoch: integer from 0, of any size.
         purpose: what the numbers are for, in a word.
-
-    Returns:
-        np.random.Generator, independent of that of any other triple.
 
     Raises:
         UserError: the seed is negative.

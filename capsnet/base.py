@@ -28,6 +28,7 @@ class Network(keras.Model):
     """
 
     config_class = None  # one of `capsnet.networks`
+    inference_class = None  # its Inference
 
     def __init__(
         self,
@@ -51,12 +52,7 @@ class Network(keras.Model):
         self.built = True
 
     def make_layers(self, config, initializers):
-        """Create and build all layers.
-
-        Args:
-            config: the config of this network.
-            initializers: one of `config.INITIALIZATIONS`.
-        """
+        """Create and build all layers; `initializers` are one of `config.INITIALIZATIONS`."""
         raise NotImplementedError
 
     def parts(self):
@@ -70,6 +66,10 @@ class Network(keras.Model):
     def class_variables(self):
         """Return the variables whose first axis is the classes."""
         return []
+
+    def inference(self, compile_part):
+        """Return the network prepared for inference; `compile_part` compiles a function."""
+        return self.inference_class(self, compile_part)
 
     def check_images(self, images):
         """Raise ValueError unless images are floats (B, H, W, C) and, if known, at most 1."""
@@ -107,3 +107,27 @@ class Network(keras.Model):
         del description["network"]  # the registered name of the class says it
         others = {"conv": self.conv, "initialization": self.initialization}
         return super().get_config() | description | others
+
+
+class Inference:
+    """A network for inference: its kernels are transformed once for many batches.
+
+    Args:
+        network: Network.
+        compile_part: compiles a function.
+    """
+
+    def __init__(self, network, compile_part):
+        self.network, self.compile_part = network, compile_part
+        self.prepare = compile_part(self._spectra)
+
+    def _spectra(self):
+        return tuple(layer.spectrum() for layer in self.network.feature_layers())
+
+    def outputs(self, batch, spectra):
+        """Run the network on a batch; `prepare` returned the spectra of its present weights."""
+        return self.network.outputs_by(lambda canvas: self.compute(canvas, spectra), batch)
+
+    def compute(self, images, spectra):
+        """Compute from images what `outputs_by` of the network needs."""
+        raise NotImplementedError

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from capsnet.base import Network
+from capsnet.base import Inference, Network
 from capsnet.networks import CNNConfig
 
 
@@ -20,6 +20,16 @@ class Outputs(NamedTuple):
     cross_entropy: tf.Tensor  # (B,), summed over the classes where each has a sigmoid
 
 
+class CNNInference(Inference):
+    """A CNN for inference, compiled as one part."""
+
+    def compute(self, images, spectra):
+        """Compute logits: (B, H, W, C) in [0, 1] -> (B, J)."""
+        return self.compile_part(lambda images: self.network.logits(images, spectra=spectra))(
+            images
+        )
+
+
 @ops.register
 class CNN(Network):
     """Convolutions, hidden layers, and a softmax over the classes, or a sigmoid for each.
@@ -27,7 +37,7 @@ class CNN(Network):
     The arguments are those of `Network`, with the settings of a `CNNConfig`.
     """
 
-    config_class = CNNConfig
+    config_class, inference_class = CNNConfig, CNNInference
 
     def make_layers(self, config, initializers):
         """Create and build all layers."""
@@ -114,15 +124,7 @@ class CNN(Network):
     # --- What the engine needs (see `training.network`) -------------------------------------------
 
     def outputs(self, batch, seed=None):
-        """Run the network on a batch and return all outputs.
-
-        Args:
-            batch: a batch from `inputs.pipeline.batches`.
-            seed: (2,), of the dropout in training; None drops nothing.
-
-        Returns:
-            Outputs.
-        """
+        """Run the network on a batch and return Outputs; `seed` (2,) is that of the dropout."""
         return self.outputs_by(lambda canvas: self.logits(canvas, seed), batch)
 
     def outputs_by(self, compute_logits, batch):
@@ -151,38 +153,3 @@ class CNN(Network):
     def loss_terms(self, outputs):
         """Return the terms of the loss of each image, by name: (B,) each."""
         return {"cross_entropy": outputs.cross_entropy}
-
-    def inference(self, compile_part):
-        """Return the network prepared for many batches with the same weights.
-
-        Args:
-            compile_part: compiles a function.
-        """
-        return Inference(self, compile_part)
-
-
-class Inference:
-    """A CNN for inference, whose kernels are transformed once.
-
-    Args:
-        network: CNN.
-        compile_part: compiles a function.
-    """
-
-    def __init__(self, network, compile_part):
-        self.network, self.compile_part = network, compile_part
-        self.prepare = compile_part(self._spectra)
-
-    def _spectra(self):
-        """Transform the kernels, which depend on the weights alone."""
-        return tuple(layer.spectrum() for layer in self.network.convolutions)
-
-    def outputs(self, batch, spectra):
-        """Run the network on a batch and return all outputs.
-
-        Args:
-            batch: a batch from `inputs.pipeline.batches`.
-            spectra: what `prepare` returned, if no weight has changed since.
-        """
-        logits = self.compile_part(lambda images: self.network.logits(images, spectra=spectra))
-        return self.network.outputs_by(logits, batch)

@@ -26,12 +26,7 @@ PATCH_CHANNELS = 4
 
 
 def choose_algorithm(method, channels):
-    """Return the class of the algorithm: TensorFlow's for "direct", the fastest on a CPU for "dft".
-
-    Args:
-        method: "direct" or "dft".
-        channels: of the images.
-    """
+    """Return the class of the algorithm of a method for images of this many channels."""
     if method == "direct":
         return Direct
     return Patches if channels <= PATCH_CHANNELS else Spectral

@@ -25,11 +25,7 @@ _OS_ADVICE = {
 
 
 def os_advice(error):
-    """Return what helps against an error of the operating system; "" if that is not known.
-
-    Args:
-        error: OSError, or an error of TensorFlow, which has the system's message in its text.
-    """
+    """Return what helps against an error of the system, or of TensorFlow with its text, or ""."""
     if isinstance(error, OSError):
         return _OS_ADVICE.get(error.errno, "")
     text = str(error)
@@ -41,11 +37,7 @@ class UsageError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked a training run to stop, and its state is saved.
-
-    Attributes:
-        number: number of the signal.
-    """
+    """A signal, of this number, asked a training run to stop, and its state is saved."""
 
     def __init__(self, number):
         super().__init__(f"stopped by signal {number}")
@@ -59,10 +51,8 @@ class UserError(Exception):
 class DataFileError(UserError):
     """A file of a data set is missing, damaged, or does not fit the others.
 
-    Attributes:
-        place: path of the file, or of the folder.
-        problem: what is wrong with it.
-        dataset: name of the data set that it belongs to if `download.py` can fetch it, else None.
+    `place` is the path of the file or folder; `dataset` the name of the data set that it belongs to
+    if `download.py` can fetch it, else None.
     """
 
     def __init__(self, place, problem, dataset=None):

@@ -73,7 +73,7 @@ class NetworkConfig:
 
         Args:
             batch_size: images in a step on one device.
-            data_bytes: bytes of all images.
+            data_bytes: bytes of all images; the fits were made with few.
         """
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class CapsNetConfig(NetworkConfig):
             raise ImageTooSmall(self.kernel_size, self.image_shape)
 
     def sizes(self):
-        """Return a list of (layer, shape of its output for one image, number of parameters)."""
+        """Return what `NetworkConfig.sizes` does."""
         k, dim = self.kernel_size, self.digit_dim
         channels = self.n_primary * self.primary_dim
         conv1 = [n - k + 1 for n in self.image_shape[:2]]  # rows, columns
@@ -145,15 +145,11 @@ class CapsNetConfig(NetworkConfig):
         return list(zip(weights, shapes, weights.values(), strict=True))
 
     def memory(self, batch_size, data_bytes=0):
-        """Estimate the peak memory of a training run on a CPU in bytes.
+        """Estimate as `NetworkConfig.memory` does.
 
         Fitted to whole runs of the paper's network, with products of spectra: images of 28×28 to
         104×104, grey and in colour, 2 to 100 classes, batches of 16 to 256. Images of 112×112 and
         128×128 took a fifth to a third more.
-
-        Args:
-            batch_size: images in a step on one device.
-            data_bytes: bytes of all images; the fit was made with few.
         """
         sizes = self.sizes()
         parameters = sum(count for *_, count in sizes)
@@ -218,7 +214,7 @@ class CNNConfig(NetworkConfig):
         return CNN_LAYERS[self.architecture]
 
     def sizes(self):
-        """Return a list of (layer, shape of its output for one image, number of parameters)."""
+        """Return what `NetworkConfig.sizes` does."""
         rows, columns, channels = self.image_shape
         sizes = []
         for number, (filters, side, pooled) in enumerate(self.layers.convolutions, 1):
@@ -234,14 +230,10 @@ class CNNConfig(NetworkConfig):
         return sizes
 
     def memory(self, batch_size, data_bytes=0):
-        """Estimate the peak memory of a training run on a CPU in bytes.
+        """Estimate as `NetworkConfig.memory` does.
 
         Fitted to whole runs of the four architectures, with products of spectra: grey images of
         28×28 to 48×48, batches of 16 to 256.
-
-        Args:
-            batch_size: images in a step on one device.
-            data_bytes: bytes of all images; the fit was made with few.
         """
         sizes = self.sizes()
         parameters = sum(count for *_, count in sizes)

@@ -79,16 +79,8 @@ def conv_plan(image_size, kernel_size, stride):
     arXiv:1312.5851). With small real points it is Winograd's minimal filtering (Lavin, Gray,
     arXiv:1509.09308), which takes fewer real products but is less exact. Both kinds are mixed here.
 
-    Args:
-        image_size: (rows, columns) in pixels.
-        kernel_size: (rows, columns) in pixels.
-        stride: pixels, the same in both directions.
-
-    Returns:
-        ConvPlan.
-
-    Raises:
-        ValueError: the image is smaller than the kernel.
+    Return a ConvPlan for (rows, columns) in pixels of image and kernel, and one stride for both.
+    Raise ValueError if the image is smaller than the kernel.
     """
     outputs = output_size(image_size, kernel_size, stride)
     taps = tuple(-(-k // stride) for k in kernel_size)

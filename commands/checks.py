@@ -22,9 +22,10 @@ def check(values, rows, written):
     """
     refuse_empty(values, rows)
     for name in written:
-        if not is_utf8(getattr(values, name)):
+        value = getattr(values, name)
+        if value.encode(errors="ignore").decode() != value:  # Python keeps odd bytes as surrogates
             raise UsageError(
-                f"--{name}={getattr(values, name)} is not in UTF-8, expected a name that is: "
+                f"--{name}={value} is not in UTF-8, expected a name that is: "
                 "TensorFlow cannot write to others"
             )
     check_dataset(values)
@@ -62,15 +63,6 @@ def refuse_bad_size(values):
             f"--image_size={values.image_size}, expected height and width in pixels, 1 to "
             f"{LARGEST_SIDE}, such as 32x48"
         )
-
-
-def is_utf8(name):
-    """Return whether the name of a file is in UTF-8. Python keeps other bytes as surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def weights_suffice(values):

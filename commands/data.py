@@ -51,17 +51,9 @@ class CommandData(NamedTuple):
 
 
 def load_data(flags, report):
-    """Load the data set of a command.
+    """Load the data set of a command as CommandData, and report what was changed in it.
 
-    Args:
-        flags: values of the flags.
-        report: takes a line of text for the user: what was changed in the data set.
-
-    Returns:
-        CommandData.
-
-    Raises:
-        UserError: it is not usable.
+    Raise UserError if it is not usable.
     """
     dataset = datasets.load_dataset(
         flags.dataset, data_folder(flags), parse_size(flags.image_size), flags.seed

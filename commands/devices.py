@@ -22,9 +22,7 @@ class Devices(NamedTuple):
 def choose_devices(flags):
     """Return the Devices that the flags ask for. Call it before anything is computed.
 
-    Raises:
-        UsageError: a flag asks for what this machine does not have.
-        UserError: the cluster is not usable.
+    Raise UsageError for what this machine does not have, UserError for an unusable cluster.
     """
     if flags.precision != "float32" and not machine.multiplies_bfloat16():
         units = " or ".join(machine.BFLOAT16_UNITS.values())

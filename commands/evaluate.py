@@ -23,15 +23,7 @@ RIGHT_PAIRS, WRONG_PAIRS = 14, 6  # on the sheet of overlapping digits
 
 
 def test(flags, argv, devices, data, weights):
-    """Measure and print accuracy and losses; write files to LOGDIR/RUN and pictures of errors.
-
-    Args:
-        flags: values of the flags.
-        argv: the command line.
-        devices: Devices.
-        data: CommandData.
-        weights: Weights.
-    """
+    """Measure and print accuracy and losses; write files to LOGDIR/RUN and pictures of errors."""
     plan = data.test.evaluation_plan(flags.multi_test_pairs)
     evaluation, images_per_second = measure(weights.network, devices, data.test, plan)
     if not devices.chief:
@@ -41,7 +33,10 @@ def test(flags, argv, devices, data, weights):
     result |= {
         "images_per_second": images_per_second,
         "dataset": run_name(flags),
-        **describe_weights(weights, folder),
+        "checkpoint_step": weights.metadata["step"],
+        "seed": weights.training["seed"],
+        "training": weights.training,
+        "training_seconds": training_seconds(weights.metadata, folder),
         "flags": flags.flag_values_dict(),
         "command": shlex.join(argv),
         **provenance(),
@@ -72,11 +67,7 @@ def test(flags, argv, devices, data, weights):
 
 
 def measure(network, devices, data, plan):
-    """Evaluate the test images of a plan.
-
-    Returns:
-        Evaluation, and images per second without the time to compile.
-    """
+    """Return the Evaluation of a plan, and images per second without the time to compile."""
     evaluator = Evaluator(network, devices.jit, devices.strategy)
     evaluator.evaluate(data, plan.take(slice(BATCH_SIZE)))  # compiles
     began, total = time.perf_counter(), len(plan.index)
@@ -99,29 +90,27 @@ def scores_per_class(evaluation, class_names):
     a class that is not in the test, the precision for one that is never predicted, and F1, twice
     the hits over present and predicted together, where a class is neither. The accuracy of a class
     is its recall.
-
-    Returns:
-        Dict of `accuracy_per_class`, `precision_per_class`, `recall_per_class` and `f1_per_class`,
-        each a dict by class name.
     """
-    precision, recall, f1 = {}, {}, {}
-    for number, name in enumerate(class_names):
-        present = (evaluation.labels == number).any(axis=1)
-        predicted = (evaluation.predictions == number).any(axis=1)
-        hits = np.sum(present & predicted)
-        precision[name] = _share(hits, predicted.sum())
-        recall[name] = _share(hits, present.sum())
-        f1[name] = _share(2 * hits, present.sum() + predicted.sum())
+    classes = np.arange(len(class_names))
+    present, predicted = (
+        (part[:, :, None] == classes).any(axis=1)  # (N, K) -> (N, J)
+        for part in (evaluation.labels, evaluation.predictions)
+    )
+    hits, present, predicted = (
+        part.sum(axis=0) for part in (present & predicted, present, predicted)
+    )
+
+    def shares(parts, wholes):
+        ratios = zip(class_names, parts, wholes, strict=True)
+        return {name: float(part / whole) if whole else None for name, part, whole in ratios}
+
+    recall = shares(hits, present)
     return {
         "accuracy_per_class": recall,
-        "precision_per_class": precision,
+        "precision_per_class": shares(hits, predicted),
         "recall_per_class": recall,
-        "f1_per_class": f1,
+        "f1_per_class": shares(2 * hits, present + predicted),
     }
-
-
-def _share(part, whole):
-    return float(part / whole) if whole else None
 
 
 def confusion(evaluation, class_names):
@@ -137,15 +126,8 @@ def predictions_table(data, plan, evaluation, score, test_files=None):
     """Return the header and the rows of predictions.csv.
 
     A row has the numbers of the test images, counted from 0, the names of their classes and of the
-    predicted ones, and the score of each class. Of several pairs for each image only the first is
-    listed, as there may be millions.
-
-    Args:
-        data: Examples that was tested.
-        plan: its Plan.
-        evaluation: its Evaluation.
-        score: what classes are ranked by, see `capsnet.networks`.
-        test_files: paths of the test images, if each is a file; then a column has them.
+    predicted ones, and the score of each class; before them the file, if each image is one of
+    `test_files`. Of several pairs for each image only the first is listed: there may be millions.
     """
     names, digits = data.class_names, [""]
     if data.overlap:
@@ -184,16 +166,6 @@ def make_result(weights, evaluation, class_names):
         "total_loss": training.total_loss(evaluation.losses),
         **scores_per_class(evaluation, class_names),
         **confusion(evaluation, class_names),
-    }
-
-
-def describe_weights(weights, logs):
-    """Return which weights a test is of."""
-    return {
-        "checkpoint_step": weights.metadata["step"],
-        "seed": weights.training["seed"],
-        "training": weights.training,
-        "training_seconds": training_seconds(weights.metadata, logs),
     }
 
 

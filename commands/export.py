@@ -25,8 +25,7 @@ from utils import ROOT
 def export(flags, weights):
     """Write the network to a new folder, with a card that says what it is.
 
-    Raises:
-        UserError: the folder is not new, or cannot be written.
+    Raise UserError if the folder is not new, or cannot be written.
     """
     folder, logs, result = Path(flags.export), run_folders(flags).logs, None
     with contextlib.suppress(OSError, ValueError):
@@ -61,24 +60,27 @@ def write_network(network, folder, metadata, card, digits=1):
     Args:
         network: it is written with direct convolutions, which run on any machine.
         folder: gets capsnet.keras or cnn.keras (needs ops and model to be imported), saved_model
-            (needs only TensorFlow), weights.npz (float16, for `load_exported`) and README.md.
-        metadata: metadata of the checkpoint.
+            (needs only TensorFlow), weights.npz (float16, for `load_network`) and README.md.
+        metadata: that of the weights.
         card: text of README.md.
         digits: K, in each image.
-
-    Raises:
-        UserError: the folder exists and is not empty, or cannot be written.
     """
     check_new(folder)
     folder = Path(folder)
     portable = build(network.config, initialization=network.initialization)
     portable.set_weights(network.get_weights())
+    shape = (None, *network.config.image_shape)
+
+    def serve(images):
+        return portable.serve(images, digits)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         unfinished = Path(temporary, folder.name)
-        archive_with_endpoint(portable, digits).write_out(
-            str(unfinished / "saved_model"), verbose=False
-        )
+        archive = keras.export.ExportArchive()
+        archive.track(portable)
+        archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
+        archive.write_out(str(unfinished / "saved_model"), verbose=False)
         portable.save(unfinished / keras_file(network))
         halves = {
             path: value.numpy().astype(np.float16)
@@ -89,24 +91,6 @@ def write_network(network, folder, metadata, card, digits=1):
         )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         os.replace(unfinished, folder)
-
-
-def archive_with_endpoint(network, digits):
-    """Return an ExportArchive that serves what `network.serve` returns.
-
-    Args:
-        network: of any kind.
-        digits: K, digits in each image.
-    """
-
-    def serve(images):
-        return network.serve(images, digits)
-
-    archive = keras.export.ExportArchive()
-    archive.track(network)
-    shape = (None, *network.config.image_shape)
-    archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, tf.float32, name="images")])
-    return archive
 
 
 def model_card(name, weights, metadata, result):
@@ -146,12 +130,7 @@ def model_card(name, weights, metadata, result):
 
 
 def measured(metadata, result):
-    """Say what a test of weights measured, or that none did.
-
-    Args:
-        metadata: that of the weights.
-        result: contents of test.json, or None.
-    """
+    """Say what a test measured, if `result` is the test.json of weights of this metadata."""
     tested = result and (result["checkpoint_step"], complete_training(result["training"]))
     pairs = "\nA pair of digits is wrong if at least one of them is."
     ending = pairs if metadata["training"]["multi_MNIST"] else ""

@@ -35,14 +35,7 @@ def reconstruction_test(flags, data, weights):
     }
     for name, images in shown.items():
         files.write_png(folder / f"{name}.png", grids.draw_grid(images))
-    page = examples.draw_reconstructions(
-        outputs.canvas,
-        outputs.with_label,
-        outputs.without_label,
-        labels,
-        outputs.predictions,
-        drawable_names(data.class_names),
-    )
+    page = examples.draw_reconstructions(outputs, labels, drawable_names(data.class_names))
     files.write_png(folder / "reconstruction.png", page)
     show_picture(run_folders(flags).logs, weights.metadata["step"], "reconstructions", page)
     report_written([folder / f"{name}.png" for name in (*shown, "reconstruction")])

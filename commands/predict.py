@@ -33,12 +33,9 @@ class Picture(NamedTuple):
 
 
 def matching_files(pattern):
-    """Return the files that a pattern matches, sorted.
+    """Return the files that a pattern matches, sorted. Raise UserError if there is none.
 
     If it matches none, brackets in it are taken as they are: they may be part of a name.
-
-    Raises:
-        UserError: there is none.
     """
     path = os.path.expanduser(pattern)
     files = [path] if os.path.isfile(path) else _files_like(path)
@@ -63,12 +60,7 @@ def _files_like(pattern):
 def predict(flags, weights):
     """Print the likeliest classes of image files, and write a CSV file and a sheet of pictures.
 
-    Args:
-        flags: values of the flags.
-        weights: Weights.
-
-    Raises:
-        UserError: no file matches, or some cannot be read; the others are still predicted.
+    Raise UserError if no file matches, or some cannot be read; the others are still predicted.
     """
     paths = matching_files(flags.predict)
     names, per_example = weights.class_names, weights.digits_per_example
@@ -113,12 +105,12 @@ def in_words(best, per_example):
 
 
 def read_pictures(paths, shape, appearance):
-    """Read image files and make them look like the training images.
+    """Read image files, and make them look like training images of an Appearance.
 
     Args:
         paths: paths of the files.
         shape: (H, W, C) of the network's images.
-        appearance: Appearance of the training images.
+        appearance: Appearance.
 
     Returns:
         Readings of Pictures.
@@ -201,12 +193,7 @@ def thumbnail(image):
 
 
 def classify(network, images, per_example=1):
-    """Classify images and reconstruct their longest capsules.
-
-    Args:
-        network: of any kind.
-        images: N arrays (H, W, C) uint8.
-        per_example: K, how many capsules to reconstruct, the longest first.
+    """Classify images, N arrays (H, W, C) uint8, and reconstruct their K longest capsules.
 
     Returns:
         The scores (N, J), and the reconstructions (N, K, H, W, C); K is 0 for a network without

@@ -13,29 +13,17 @@ SCORES = {"length": "length of capsule", "probability": "probability of class"}
 
 
 def outputs_of(network, data, plan):
-    """Run a CapsNet on the examples of a plan of the data, all in one batch.
-
-    Returns:
-        Outputs as arrays, and the labels (B, K).
-    """
+    """Run a CapsNet on all of a plan as one batch; return Outputs as arrays, and labels (B, K)."""
     batch = next(iter(batches(data, plan, len(plan.index))))
-    inference = network.inference(_as_it_is)
+    inference = network.inference(lambda function: function)  # uncompiled: it runs only once
     outputs = inference.outputs(batch, inference.prepare())
     return Outputs(*(value.numpy() for value in outputs)), batch[2].numpy()
-
-
-def _as_it_is(function):
-    """Return a function uncompiled: it runs only once."""
-    return function
 
 
 def summarize(evaluation, data, score):
     """Write summaries of an Evaluation: the confusion matrix, the scores of each class.
 
-    Args:
-        evaluation: Evaluation.
-        data: Examples of the same classes.
-        score: what classes are ranked by, see `capsnet.networks`.
+    `data` are Examples of the same classes, `score` is what these are ranked by.
 
     Returns:
         The picture of the confusion matrix, uint8 (H, W, 3); None for overlapping digits.
@@ -60,12 +48,7 @@ def show_picture(logs, step, name, picture):
 
 
 def training_seconds(metadata, logs):
-    """Return how long weights were trained, by their events; None if these are gone.
-
-    Args:
-        metadata: that of the weights.
-        logs: folder of the events of their run.
-    """
+    """Return how long weights were trained, by the events of their run; None if these are gone."""
     if "seconds" in metadata:
         return metadata["seconds"]
     scalars, seconds = read_scalars(logs / "train", metadata["step"])

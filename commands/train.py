@@ -30,15 +30,7 @@ EXAMPLES = 20  # images in a picture of reconstructions
 def train(flags, argv, devices, data, other_modes):
     """Train, and print where the weights are and what to do next.
 
-    Args:
-        flags: values of the flags.
-        argv: the command line.
-        devices: Devices.
-        data: CommandData.
-        other_modes: names of the modes that do something with what was trained.
-
-    Raises:
-        UserError: see `Trainer.fit`.
+    `other_modes` names the modes that do something with what was trained. Raise as `Trainer.fit`.
     """
     folders = run_folders(flags)
     config = network_config(flags, data)
@@ -72,9 +64,7 @@ def train(flags, argv, devices, data, other_modes):
 def network_config(flags, data):
     """Return the config of the network that the flags and the data ask for.
 
-    Raises:
-        ImageTooSmall: two convolutions leave nothing of an image.
-        UserError: the network does not fit the images.
+    Raise UserError if the network does not fit the images.
     """
     kind = NETWORKS[flags.network]
     settings = {field.name: getattr(flags, field.name) for field in kind.settings()}
@@ -99,14 +89,10 @@ def announce(flags, config, devices, data):
 
 
 def next_command(flags, modes):
-    """Return the command that examines what was trained.
+    """Return the command that examines what was trained; `modes` are the names of all modes.
 
     It has the flags of the training run that say which run. The weights say which network they are
     for, and one machine is enough.
-
-    Args:
-        flags: values of the flags.
-        modes: names of all modes.
     """
     of_networks = {field.name for kind in NETWORKS.values() for field in kind.settings()}
     left_out = {*modes, *of_networks, "network", "initialization", "freeze"}
@@ -119,11 +105,10 @@ def next_command(flags, modes):
 
 
 def describe(flags, config, devices, data):
-    """Describe what will be trained, before it takes memory and time.
+    """Return lines that describe what will be trained, before it takes memory and time.
 
-    Returns:
-        Lines: the layers with their outputs and parameters, the data, the memory, and a warning if
-        this machine has less.
+    They are the layers with their outputs and parameters, the data, the memory, and a warning if
+    this machine has less.
     """
     images, sizes = len(data.train.labels), config.sizes()
     data_bytes = data.train.images.nbytes
@@ -154,13 +139,7 @@ def describe(flags, config, devices, data):
 
 
 class TensorBoard(Callback):
-    """Writes texts at the start of a run, and pictures and summaries after each epoch.
-
-    Args:
-        network: the network that is trained.
-        data: CommandData.
-        texts: dict of name to text.
-    """
+    """Writes texts (a dict by name) at the start of a run, and pictures after each epoch."""
 
     def __init__(self, network, data, texts):
         self.network, self.data, self.texts = network, data, texts
@@ -182,18 +161,7 @@ class TensorBoard(Callback):
 
 
 def make_trainer(flags, config, devices, data, report):
-    """Make the Trainer of a command.
-
-    Args:
-        flags: values of the flags.
-        config: config of the network.
-        devices: Devices.
-        data: CommandData.
-        report: takes a line of text for the user.
-
-    Raises:
-        UserError: the initial weights are missing or damaged, or those of another network.
-    """
+    """Make the Trainer of a command. Raise UserError if the initial weights are unusable."""
     network = build_network(config, flags.seed, devices, flags.initialization, frozen(flags))
     if flags.initial_weights:
         start_with_weights(flags, network, data, report)
@@ -218,8 +186,7 @@ def frozen(flags):
 def start_with_weights(flags, network, data, report):
     """Give a network the weights that a new run starts with.
 
-    Raises:
-        UserError: they are missing or damaged, those of another network, or saw the test images.
+    Raise UserError if they are unusable, or saw the test images.
     """
     folder = find_exported(flags.initial_weights)
     metadata, kept = start_with(network, data.class_names, folder)
@@ -275,14 +242,7 @@ def draw_examples(network, data):
         return {}
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(slice(EXAMPLES)))
     names, first = drawable_names(data.class_names), outputs.predictions[:1, 0]
-    reconstructions = examples.draw_reconstructions(
-        outputs.canvas,
-        outputs.with_label,
-        outputs.without_label,
-        labels,
-        outputs.predictions,
-        names,
-    )
+    reconstructions = examples.draw_reconstructions(outputs, labels, names)
     tweaked = network.tweak(outputs.capsules[:1], first)[:, 0]
     overview = tweaks.draw_tweak_overview(tweaked, model.TWEAKS, names[first[0]])
     return {"reconstructions": reconstructions, "tweaks": overview}

@@ -1,6 +1,5 @@
 """Weights of a command: they say which network they are for, so no flag of it is needed."""
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -58,23 +57,18 @@ def weights_folder(flags):
 def load(flags, devices):
     """Build the network that the weights of a command are for, load them, and print whose they are.
 
-    Args:
-        flags: values of the flags.
-        devices: Devices.
-
-    Returns:
-        Weights.
-
-    Raises:
-        UserError: there are none, they are damaged, or a flag contradicts them.
+    Raise UserError if there are none, they are damaged, or a flag contradicts them.
     """
-    folder = weights_folder(flags)
-    metadata = exported_metadata(folder) if flags.pretrained else newest_metadata(folder)
+    folder, values = weights_folder(flags), {}
+    if flags.pretrained:
+        metadata, values = read_exported(folder)
+    else:
+        metadata = newest_metadata(folder)
     config = config_of(metadata, folder)
     refuse_contradictions(flags, config, folder)
     network = build_network(config, flags.seed, devices, freeze=metadata["training"]["freeze"])
     if flags.pretrained:
-        load_exported(network, folder)
+        assign(network.variables, values, folder)
     else:
         metadata = load_weights(network, folder, print)
         if devices.chief and any(getattr(flags, mode) for mode in MODES_WITH_LOGS):
@@ -93,10 +87,7 @@ def build_network(config, seed, devices, initialization=None, freeze=()):
         seed: of the first weights.
         devices: Devices.
         initialization: see `capsnet.base.Network`; None if other weights follow.
-        freeze: names of the parts that training leaves as they are.
-
-    Raises:
-        UsageError: there is no such part, or no other one.
+        freeze: see `freeze_parts`.
     """
     options = {"conv": devices.conv, "dtype": devices.precision}
     if initialization:
@@ -109,11 +100,7 @@ def build_network(config, seed, devices, initialization=None, freeze=()):
 
 
 def freeze_parts(network, names):
-    """Leave parts of a network out of training.
-
-    Raises:
-        UsageError: there is no such part, or no other one.
-    """
+    """Leave these parts out of training. Raise UsageError if one is unknown, or none is left."""
     parts = network.parts()
     if not set(names) < set(parts):
         unknown = ", ".join(map(repr, sorted(set(names) - set(parts))))
@@ -124,11 +111,7 @@ def freeze_parts(network, names):
 
 
 def config_of(metadata, folder):
-    """Return the config of the network that weights are for.
-
-    Raises:
-        UserError: this version has no such network.
-    """
+    """Return the config of a network. Raise UserError if this version has no such network."""
     try:
         return config_from(metadata["shape"])
     except (KeyError, TypeError, ValueError) as error:
@@ -140,17 +123,11 @@ def config_of(metadata, folder):
 
 def refuse_contradictions(flags, config, folder):
     """Raise UserError if a flag of the network is given and the weights are of another network."""
-    if flags["network"].present and flags.network != config.network:
-        raise UserError(
-            f"--network={flags.network} is given, and the weights in {folder} are of network="
-            f"{config.network}; leave the flag out, or take other weights"
-        )
     own = {field.name for field in config.settings()}
-    for name in sorted({field.name for kind in NETWORKS.values() for field in kind.settings()}):
-        if not flags[name].present:
-            continue
+    settings = {field.name for kind in NETWORKS.values() for field in kind.settings()}
+    for name in ("network", *sorted(settings)):
         here, there = getattr(flags, name), getattr(config, name, None)
-        if name not in own or here != there:
+        if flags[name].present and here != there:
             have = f"have {name}={there}" if name in own else f"are of network={config.network}"
             raise UserError(
                 f"--{name}={here} is given, and the weights in {folder} {have}; leave the flag "
@@ -161,13 +138,8 @@ def refuse_contradictions(flags, config, folder):
 def check_data(weights, data):
     """Compare the data set of a command with that of its weights, and print if it is another one.
 
-    Args:
-        weights: Weights.
-        data: CommandData.
-
-    Raises:
-        UserError: the classes are others, the images are of another size, some test images were
-            trained on, or the images were not inverted in training.
+    Raise UserError if the classes or the size of the images are others, some test images were
+    trained on, or the images were not inverted in training.
     """
     folder, training, dataset = weights.folder, weights.training, data.dataset
     trained_names, names = training["class_names"], list(dataset.class_names)
@@ -196,17 +168,9 @@ def check_data(weights, data):
 
 
 def check_unseen(folder, training, data):
-    """Check that weights were not trained on test images that the seed draws in this command.
+    """Raise UserError if weights were trained on test images that the seed draws in this command.
 
-    Which images it draws depends on the files as well.
-
-    Args:
-        folder: folder of the weights.
-        training: settings of their training run.
-        data: CommandData.
-
-    Raises:
-        UserError: they were.
+    Which images it draws depends on the files as well. `training` is that of the weights.
     """
     name, seed = data.dataset.name, data.dataset.held_out_seed
     earlier = training["held_out_seed"]
@@ -247,67 +211,45 @@ def appearance_of(flags, weights):
 # --- Exported weights -----------------------------------------------------------------------------
 
 
-def exported_metadata(folder):
-    """Return the metadata of the weights that `write_network` wrote to a folder.
-
-    Raises:
-        NoPretrainedWeights: there are none.
-        UserError: they are damaged.
-    """
-    with _open_weights(folder) as file:
-        return complete(json.loads(str(file[METADATA])))
-
-
 def load_network(folder, **options):
     """Rebuild an exported network with its weights.
 
     Args:
-        folder: an export, or a folder of pretrained/.
+        folder: see `find_exported`.
         **options: conv, dtype and the like, see `capsnet.base.Network`.
-
-    Raises:
-        UserError: there is no export, or it is damaged.
     """
     folder = find_exported(folder)
-    network = model.build(config_of(exported_metadata(folder), folder), **options)
-    load_exported(network, folder)
+    metadata, values = read_exported(folder)
+    network = model.build(config_of(metadata, folder), **options)
+    assign(network.variables, values, folder)
     return network
 
 
-def load_exported(network, folder):
-    """Give a network the weights that `write_network` wrote to a folder.
-
-    Raises:
-        NoPretrainedWeights: there are none.
-        PretrainedMismatch: they belong to another network.
-        UserError: they are damaged.
-    """
-    metadata, values = read_exported(folder)
-    if different := differences(metadata["shape"], network.config.describe()):
-        raise PretrainedMismatch(Path(folder) / FILE, different)
-    assign(network.variables, values, folder)
-
-
 def read_exported(folder):
-    """Read exported weights.
-
-    Returns:
-        Their metadata, and the values by the paths of their variables.
+    """Read exported weights: their metadata, and the values by the paths of their variables.
 
     Raises:
         NoPretrainedWeights: there are none.
         UserError: they are damaged.
     """
-    with _open_weights(folder) as file:
-        values = {name: file[name] for name in file.files}
+    path = Path(folder) / FILE
+    if not path.exists():
+        available = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{FILE}"))
+        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
+    try:
+        with utils.open_npz(path) as file:
+            values = {name: file[name] for name in file.files}
         return complete(json.loads(str(values.pop(METADATA)))), values
+    except (KeyError, *utils.NPZ_ERRORS) as error:
+        raise UserError(
+            f"{path} is damaged, or not an export ({error}); put back the original"
+        ) from None
 
 
 def assign(variables, values, folder):
     """Give variables the values of their paths; nothing is changed if one does not fit.
 
-    Raises:
-        UserError: a value is missing or has another shape.
+    Raise UserError if a value is missing or has another shape.
     """
     for variable in variables:
         found = values[variable.path].shape if variable.path in values else None
@@ -323,29 +265,12 @@ def assign(variables, values, folder):
 def find_exported(folder):
     """Return a folder of exported weights, which may be named from the program's folder.
 
-    Raises:
-        UserError: there are no weights in it.
+    Raise UserError if there are no weights in it.
     """
     found = utils.find_in_cwd_or_repo(folder, FILE)
     if found is None:
         raise UserError(f"no {FILE} in {folder}, expected a folder that --export wrote")
     return found
-
-
-@contextlib.contextmanager
-def _open_weights(folder):
-    """Open the weights in a folder, and say so if they are missing or damaged."""
-    path = Path(folder) / FILE
-    if not path.exists():
-        available = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{FILE}"))
-        raise NoPretrainedWeights(path.parent.name, ", ".join(available))
-    try:
-        with utils.open_npz(path) as file:
-            yield file
-    except (KeyError, *utils.NPZ_ERRORS) as error:
-        raise UserError(
-            f"{path} is damaged, or not an export ({error}); put back the original"
-        ) from None
 
 
 # --- Weights that a training run starts with ------------------------------------------------------
@@ -356,11 +281,6 @@ def start_with(network, class_names, folder):
 
     With the same images and classes all weights are kept. Else the layers below the classes are
     kept, and of the classes those whose names occur in both.
-
-    Args:
-        network: with first weights.
-        class_names: names of its classes.
-        folder: see `find_exported`.
 
     Returns:
         The metadata of the weights, and in words what was kept.

@@ -252,15 +252,8 @@ def draw_reconstructions(network, mnist, wrong, path):
     data = Examples(mnist.x_test, mnist.y_test)
     outputs, labels = outputs_of(network, data, data.evaluation_plan().take(np.array(chosen)))
     title = f"Reconstructions of the first {len(right)} right and {len(chosen) - len(right)} wrong"
-    page = examples.draw_reconstructions(
-        outputs.canvas,
-        outputs.with_label,
-        outputs.without_label,
-        labels,
-        outputs.predictions,
-        mnist.class_names,
-        f"{title} test images",
-    )
+    title = f"{title} test images"
+    page = examples.draw_reconstructions(outputs, labels, mnist.class_names, title)
     files.write_png(path, page)
 
 

@@ -77,11 +77,14 @@ def load_network(image_shape, checkpoint):
         UserError: the weights are damaged, or of another network or data set.
     """
     import model
-    from commands.weights import config_of, exported_metadata, load_exported
+    from commands.weights import assign, config_of, read_exported
     from training.checkpoints import load_weights, newest_metadata
 
     folder = checkpoint or utils.ROOT / "pretrained" / "mnist"
-    metadata = newest_metadata(folder) if checkpoint else exported_metadata(folder)
+    if checkpoint:
+        metadata = newest_metadata(folder)
+    else:
+        metadata, values = read_exported(folder)
     config, trained = config_of(metadata, folder), metadata["training"].get("dataset", "mnist")
     found = config.network, trained, tuple(config.image_shape)
     if found != ("capsnet", "mnist", tuple(image_shape)):
@@ -92,7 +95,7 @@ def load_network(image_shape, checkpoint):
     network = model.build(config, conv=machine.fastest_conv())
     if checkpoint:
         return network, load_weights(network, folder, print)
-    load_exported(network, folder)
+    assign(network.variables, values, folder)
     return network, metadata
 
 

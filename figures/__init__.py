@@ -1,1 +1,1 @@
-"""Pictures: arrays -> pixels of grids, pages with captions and curves -> PNG and GIF files."""
+"""Pictures: grids, pages and plots. Functions named draw_… return pixels, uint8 (H, W, 3)."""

@@ -11,13 +11,7 @@ from figures.pages import FAINT, GREY, HEAD, INK, LINE, PAD, RED, fit_text
 def confusion_matrix(labels, predictions, n_classes):
     """Count how often each true class (row) was predicted as each class (column).
 
-    Args:
-        labels: (N,) true classes.
-        predictions: (N,) predicted classes.
-        n_classes: number of classes.
-
-    Returns:
-        int64 (n_classes, n_classes).
+    (N,) classes and their (N,) predictions -> int64 (n_classes, n_classes).
     """
     cells = np.asarray(labels, np.int64) * n_classes + np.asarray(predictions, np.int64)
     return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
@@ -29,9 +23,6 @@ def draw_confusion_matrix(matrix, class_names):
     Args:
         matrix: (n, n) counts, true classes down, predicted ones across.
         class_names: name of each class.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     n, errors = len(matrix), matrix - np.diag(np.diag(matrix))
     total, wrong = matrix.sum(), errors.sum()

@@ -13,35 +13,22 @@ from utils import to_uint8
 PAIR_COLORS = (255, 140, 0), (0, 115, 255)  # orange, blue
 
 
-def draw_reconstructions(
-    images,
-    with_label,
-    without_label,
-    labels,
-    predictions,
-    class_names,
-    title="Reconstructions",
-):
+def draw_reconstructions(outputs, labels, class_names, title="Reconstructions"):
     """Draw the first 20 images, each next to its two reconstructions; wrong predictions in red.
 
     Args:
-        images: (N, H, W, C), N >= 1, uint8 or floats in [0, 1].
-        with_label: (N, K, H, W, C), reconstructed from the capsules of the labels.
-        without_label: (N, K, H, W, C), reconstructed from the longest capsules.
+        outputs: `model.Outputs` of N >= 1 images, as arrays.
         labels: (N, K) true classes, in any order.
-        predictions: (N, K) predicted classes, in any order.
         class_names: name of each class.
         title: first line of the page.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     captions = []
-    for label, prediction in zip(labels[:20], predictions[:20], strict=True):
+    for label, prediction in zip(labels[:20], outputs.predictions[:20], strict=True):
         true, guess = ("+".join(class_names[k] for k in sorted(row)) for row in (label, prediction))
         captions.append([(f"true {true}, predicted {guess}", _caption_color(label, prediction))])
-    triples = images[:20], overlay_digits(with_label[:20]), overlay_digits(without_label[:20])
-    tiles = np.stack([to_uint8(column) for column in triples], axis=1)[:, None]
+    reconstructed = overlay_digits(outputs.with_label), overlay_digits(outputs.without_label)
+    triples = (to_uint8(images[:20]) for images in (outputs.canvas, *reconstructed))
+    tiles = np.stack(list(triples), axis=1)[:, None]
     note = "with label: from the capsule of the true class; no label: from the longest capsule"
     above = "input", "with label", "no label"
     return pages.draw_tiles(title, note, tiles, captions, 4, above)
@@ -57,9 +44,6 @@ def draw_misclassified(images, numbers, labels, predictions, lengths, class_name
         predictions: (N,) predicted classes.
         lengths: (N, classes), the lengths of all digit capsules.
         class_names: name of each class.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     if not len(images):
         blank = np.full((1, 1, 3), 255, np.uint8)
@@ -88,9 +72,6 @@ def draw_multi(title, inputs, reconstructions, labels, predictions, class_names)
         predictions: (N, 2) predicted classes, in any order. They are shown in the order of the
             labels.
         class_names: name of each class.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     two_lines = max(map(len, class_names)) > 3
     orders = [
@@ -124,9 +105,6 @@ def draw_predictions(originals, images, reconstructions, captions):
         images: (N, H, W, C), as the network gets them.
         reconstructions: (N, K, H, W, C), from the K longest capsules; K = 0 without capsules.
         captions: the lines of text of each file, as many for each.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     title = "Predictions for " + _counted(len(images), "image", 40)
     digits = np.shape(reconstructions)[1]

@@ -21,14 +21,9 @@ def arrange(images, columns, below, beside, color):
 
 
 def draw_grid(images):
-    """Draw images row by row in ceil(sqrt(B)) columns with a grey line between, enlarged by 3.
+    """Draw images (B, H, W, C) row by row in ceil(sqrt(B)) columns, enlarged by 3, grey between.
 
-    Args:
-        images: (B, H, W, C), B >= 1, uint8 or floats in [0, 1].
-
-    Returns:
-        The pixels, uint8 (3 * (rows * (H + 1) - 1), 3 * (columns * (W + 1) - 1), 3); unused cells
-        are grey.
+    B >= 1; the images are uint8 or floats in [0, 1]. Unused cells are grey.
     """
     columns = math.ceil(math.sqrt(len(images)))
     return arrange(to_rgb(images), columns, 1, 1, color=128).repeat(3, 0).repeat(3, 1)

@@ -67,10 +67,7 @@ def is_drawable(text):
 
 
 def drawable_names(class_names):
-    """Return the names of classes as pictures show them.
-
-    A name with a character that the font lacks is replaced by the number of its class, as "#3".
-    """
+    """Return the names of classes as pictures show them: "#3" if the font lacks a character."""
     return tuple(
         name if is_drawable(name) else f"#{number}" for number, name in enumerate(class_names)
     )
@@ -89,8 +86,7 @@ def fit_text(x, y, text, width=math.inf, points=7, bold=False, color=INK, anchor
 def draw_page(title, note, pixels, texts):
     """Draw `pixels` (H, W, 3) with `texts` over and around them, below a title and a note.
 
-    Returns:
-        The pixels of the whole page, which is as large as the texts need.
+    The page is as large as the texts need.
     """
     boxes = [(0, 0, pixels.shape[1], pixels.shape[0]), *(text.box() for text in texts)]
     left, top = np.min(boxes, axis=0)[:2]
@@ -124,9 +120,6 @@ def draw_tiles(title, note, tiles, captions, per_row, above=(), before=(), gap=G
         above: heads of the tiles' columns.
         before: heads of the tiles' rows.
         gap: pixels between examples side by side.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     tiles = enlarge(to_rgb(tiles))
     columns, height, width = tiles.shape[2:5]

@@ -15,16 +15,9 @@ _SPLIT_NAMES = {"train": "training images", "validation": "held-out images"}
 
 
 def new_figure(panels, width=7, height=2.8, **kwargs):
-    """Create a Matplotlib figure, which needs no display.
+    """Create a Matplotlib figure, `width` by `height` inches, that needs no display.
 
-    Args:
-        panels: number of panels, side by side.
-        width: in inches.
-        height: in inches.
-        **kwargs: passed to `Figure.subplots`, for example `sharey=True`.
-
-    Returns:
-        The figure and an array of its panels.
+    Return it and the array of its panels, side by side; `kwargs` are of `Figure.subplots`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,9 +53,6 @@ def draw_learning_curves(curves, steps_per_epoch, dataset):
             means of at most 100 equal parts.
         steps_per_epoch: number of training steps in an epoch.
         dataset: name of the data set, for the titles.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     from matplotlib.ticker import LogLocator
 
@@ -96,9 +86,6 @@ def draw_length_histogram(present, absent, margins):
         present: (n,), lengths of the capsules of classes that are in their image.
         absent: (m,), lengths of the capsules of all other classes.
         margins: lengths at which the loss of an absent and of a present class ends.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
     """
     figure, (panel,) = new_figure(1)
     blue, red = LINE_COLORS

@@ -7,16 +7,9 @@ from figures import pages
 
 
 def draw_tweak(images, deltas, dimension, row_names):
-    """Draw digits with one dimension of their capsules changed: digits down, steps across.
+    """Draw digits with a dimension of their capsules changed: digits down, steps across.
 
-    Args:
-        images: (digits, steps, H, W, C).
-        deltas: (steps,), what was added to the dimension.
-        dimension: its number.
-        row_names: class of each digit.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
+    For the arguments see `draw_sweep`: images are (digits, steps, H, W, C).
     """
     title = f"Dimension {dimension} of the longest capsule of each image, changed"
     return _draw_steps(title, images, deltas, row_names)
@@ -25,14 +18,8 @@ def draw_tweak(images, deltas, dimension, row_names):
 def draw_tweak_overview(images, deltas, class_name, row_names=None):
     """Draw a digit with each dimension of its capsule changed, like figure 4 of the paper.
 
-    Args:
-        images: (dims, steps, H, W, C).
-        deltas: (steps,), what was added to the dimension.
-        class_name: class of the digit.
-        row_names: names of chosen dimensions, None if `images` has all of them.
-
-    Returns:
-        The pixels, uint8 (H, W, 3).
+    For the arguments see `draw_sweep`: images are (dims, steps, H, W, C), and `row_names` are of
+    chosen dimensions, None if `images` has all of them.
     """
     which = "Each dimension" if row_names is None else "Chosen dimensions"
     row_names = row_names or [f"dim {i}" for i in range(len(images))]
@@ -48,7 +35,7 @@ def _draw_steps(title, images, deltas, row_names):
 
 
 def draw_sweep(images, deltas, row_names):
-    """Draw digits with each dimension of their capsules changed, a page for each step.
+    """Draw digits with each dimension of their capsules changed: a page of half size for each step.
 
     Args:
         images: (dims, digits, steps, H, W, C).
@@ -56,7 +43,7 @@ def draw_sweep(images, deltas, row_names):
         row_names: class of each digit.
 
     Returns:
-        The pixels of each page, uint8 (H, W, 3), at half the size.
+        List of the pixels of each page.
     """
     note = "one column per dimension of the capsule, the other dimensions as the network found them"
     above = [str(dimension) for dimension in range(len(images))]

@@ -53,13 +53,9 @@ def appearance_from(metadata):
 
 
 def measure_appearance(data, inverted=False, subtracted=None, white=None):
-    """Return the Appearance of training images, or of the pairs composed of them.
+    """Return the Appearance of training images (Examples), or of the pairs composed of them.
 
-    Args:
-        data: Examples.
-        inverted: see `Dataset`.
-        subtracted: see `Dataset`.
-        white: see `Dataset`.
+    For the other arguments see `Dataset`.
     """
     kept = {"subtracted": subtracted, "white": white}
     if data.images.shape[-1] != 1:

@@ -46,9 +46,7 @@ def load_dataset(name, data_dir, image_size=None, seed=0):
         Dataset. Grey images of dark ink on a light background are inverted.
 
     Raises:
-        DataFileError: IDX files are missing, damaged or do not fit each other.
-        ImageSizesDiffer: the images of a folder have several sizes, and `image_size` is None.
-        UserError: the name is unknown, or the .npz file or the folder is not a data set.
+        UserError: the name is unknown, or the files are not a usable data set.
     """
     if name in CLASS_NAMES:
         return _fit_all(read_idx_files(name, Path(data_dir) / name), image_size)
@@ -105,12 +103,9 @@ def _resized(images, image_size):
 
 
 def common_background(images):
-    """Return whether nearly all images are "light" or "dark" at their edges; None if neither.
+    """Return whether nearly all images, uint8 (N, H, W, C), are "light" or "dark" at their edges.
 
-    The edges of photographs are light or dark by chance.
-
-    Args:
-        images: (N, H, W, C) uint8.
+    None if neither: the edges of photographs are light or dark by chance.
     """
     light = np.mean([is_dark_on_light(image) for image in evenly(images)])
     if light > 0.95:
@@ -130,16 +125,10 @@ def even_background(images):
 
 
 def invert_if_light(dataset, colours=False):
-    """Invert a Dataset whose images are dark ink on a light background.
+    """Invert a Dataset of dark ink on a light background; images in colour only with `colours`.
 
-    Shifts and overlaid digits assume a black background, and a network trains better on it.
-
-    Args:
-        dataset: Dataset.
-        colours: whether to invert images in colour too.
-
-    Raises:
-        UserError: the training images and those of another split have opposite backgrounds.
+    Shifts and overlaid digits assume a black background, and a network trains better on it. Raise
+    UserError if the training images and those of another split have opposite backgrounds.
     """
     grey = dataset.x_train.shape[-1] == 1
     if not (grey or colours):

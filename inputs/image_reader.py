@@ -95,15 +95,9 @@ def _unclear_white(paths, largest):
 
 
 def read_image(path):
-    """Read an image file, turned upright as its EXIF data say.
+    """Read an ImageFile, turned upright as its EXIF data say. Raise UserError if that fails.
 
     Transparent parts become white behind dark ink and black behind light ink.
-
-    Returns:
-        ImageFile.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     try:
         # Pillow warns of odd metadata and of images that are large, but allowed.
@@ -152,12 +146,10 @@ def _turned_upright(file):
 
 
 def _pixels_of(image, holds_bytes):
-    """Return the pixels of an image, see `ImageFile`.
+    """Return the pixels of a Pillow image, see `ImageFile`.
 
-    Args:
-        image: a Pillow image.
-        holds_bytes: whether the numbers of a wide type may be bytes, or of 10 or 12 bits. In a
-            format whose header says what white is, they are a dark image.
+    `holds_bytes` says whether the numbers of a wide type may be bytes, or of 10 or 12 bits. In a
+    format whose header says what white is, they are a dark image.
     """
     if image.mode == "F":
         return to_uint8(_checked_grey(image, 1))[..., None]

@@ -39,13 +39,9 @@ class InkStyle(NamedTuple):
 
 
 def measure_style(images):
-    """Measure how images of ink on an even background are made.
+    """Return the InkStyle of images, uint8 (N, H, W, C), that show ink on an even background.
 
-    Args:
-        images: (N, H, W, C) uint8.
-
-    Returns:
-        InkStyle, or None if the images are of another kind, such as photographs or clothes.
+    None if the images are of another kind, such as photographs or clothes.
     """
     if images.shape[-1] != 1:
         return None
@@ -72,10 +68,7 @@ def style_of_pairs(style, pairs):
 
     The strokes stay those of single items. The ink of a pair is as large, and placed, as that of
     most pairs. These vary, by the shifts of both items, so more counts as placed already.
-
-    Args:
-        style: InkStyle of the single items.
-        pairs: (N, H, W, 1) uint8, with the background of the single items.
+    `pairs` are uint8 (N, H, W, 1), with the background of the single items.
     """
     sample = pairs[..., 0].astype(np.float32) / 255
     placing = _measure_placing(
@@ -127,10 +120,9 @@ def follows(image, style):
 
 
 def stroke_width(ink):
-    """Estimate the mean width of strokes in pixels: twice their area over their outline's length.
+    """Estimate the mean width of the strokes of ink (H, W) from 0 to 1, in pixels.
 
-    Args:
-        ink: (H, W) floats from 0 to 1.
+    It is twice their area over their outline's length.
     """
     mask = np.pad(ink > 0.4, 1)
     outline = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
@@ -170,17 +162,11 @@ class Ink(NamedTuple):
 
 
 def isolate(image):
-    """Take ink off its paper.
+    """Take ink off its paper: return the Ink of an image, uint8 (H, W, C), None if there is none.
 
     The paper may be uneven, coloured and noisy, and the ink of any colour, darker or lighter than
     it. Several strokes belong together; specks do not belong to them. The paper has to reach the
     edges of the image.
-
-    Args:
-        image: (H, W, C) uint8.
-
-    Returns:
-        Ink, or None if there is none.
     """
     light = has_light_ink(image)
     dark_ink = 255 - image if light else image
@@ -267,10 +253,7 @@ def _fitted_plane(values):
 
 
 def _keep_strokes(contrast):
-    """Keep strokes, and drop paper, shadows and specks.
-
-    Args:
-        contrast: (H, W), how much darker than the paper each pixel is.
+    """Keep strokes, and drop paper, shadows and specks, of a contrast (H, W) with the paper.
 
     Returns:
         (H, W) floats from 0 to 1, or None if there is no ink.
@@ -322,10 +305,7 @@ def place(ink, style, shape):
     Args:
         ink: (h, w) floats from 0 to 1, the strokes of `isolate`.
         style: InkStyle.
-        shape: (H, W, 1) of the result.
-
-    Returns:
-        uint8 (H, W, 1).
+        shape: (H, W, 1) of the result, uint8.
     """
     ink = _thicken(ink, style, _scale_to_fit(ink, style, shape))
     scale = _scale_to_fit(ink, style, shape)

@@ -12,11 +12,7 @@ NAMED_WHITES = "1, 16, 255, 1023, 4095 or 65535"
 def white_of(largest, of_bytes=False):
     """Return what stands for white in whole numbers from 0 to `largest`, or None if it is unclear.
 
-    Half of a range has to be in use, except that of bytes if they are known to be some.
-
-    Args:
-        largest: integer from 0.
-        of_bytes: whether the numbers were bytes at first, or probably were.
+    Half of a range has to be in use, except that of bytes if the numbers probably were some.
     """
     if of_bytes and (largest == 0 or 16 < largest < 128):
         return 255

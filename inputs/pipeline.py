@@ -64,12 +64,53 @@ class Examples(NamedTuple):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def training_plan(self, seed, epoch):
-        """Return the plan of an epoch, see `training_plan`."""
-        return training_plan(self.labels, seed, epoch, self.max_shift, self.overlap)
+        """Plan an epoch: each image once, shuffled, a pure function of the seed and the epoch.
+
+        Each image is shifted by -max_shift..max_shift pixels along each axis. For overlapping
+        images each gets a partner, drawn in each epoch from the images of all other classes
+        (section 6.1).
+
+        Args:
+            seed: integer from 0.
+            epoch: integer from 0.
+
+        Returns:
+            Plan.
+
+        Raises:
+            UserError: there are fewer than two classes to make pairs of, or a negative seed.
+        """
+        # Draw by image, then reorder, so an image's shift does not depend on its position.
+        index = np.arange(len(self.labels))[:, None]
+        if self.overlap:
+            stream = random_stream(seed, epoch, "partner")
+            index = np.column_stack([index, _draw_partners(self.labels, index[:, 0], stream)])
+        shift = _draw_shifts(index.shape, self.max_shift, random_stream(seed, epoch, "shift"))
+        order = random_stream(seed, epoch, "order").permutation(len(self.labels))
+        return Plan(index[order].astype(np.int32), shift[order])
 
     def evaluation_plan(self, pairs_per_image=1):
-        """Return the plan of an evaluation, see `evaluation_plan`."""
-        return evaluation_plan(self.labels, self.max_shift, self.overlap, pairs_per_image)
+        """Plan an evaluation: all images in order and unshifted, or overlapping pairs.
+
+        Pairs and shifts do not depend on the user's seed, so runs can be compared. Each image comes
+        first in `pairs_per_image` pairs (1,000 in the paper).
+
+        Returns:
+            Plan of n or n * pairs_per_image examples.
+
+        Raises:
+            UserError: there are fewer than two classes to make pairs of.
+        """
+        index = np.arange(len(self.labels), dtype=np.int32)[:, None]
+        if not self.overlap:
+            return Plan(index, np.zeros((*index.shape, 2), np.int32))
+        # All images once, then again: so the first n pairs are the same however many follow.
+        index = np.tile(index, (pairs_per_image, 1))
+        stream = random_stream(0, 0, "evaluation partner")
+        partners = _draw_partners(self.labels, index[:, 0], stream)
+        index = np.column_stack([index, partners.astype(np.int32)])
+        stream = random_stream(0, 0, "evaluation shift")
+        return Plan(index, _draw_shifts(index.shape, self.max_shift, stream))
 
 
 def split_validation(n, seed):
@@ -104,62 +145,6 @@ def _draw_partners(labels, firsts, stream):
 
 def _draw_shifts(shape, max_shift, stream):
     return stream.integers(-max_shift, max_shift, (*shape, 2), np.int32, endpoint=True)
-
-
-def training_plan(labels, seed, epoch, max_shift, overlap):
-    """Plan an epoch of n examples: each image once, shuffled. A pure function of its arguments.
-
-    Args:
-        labels: (n,) integers, of the images to train on.
-        seed: integer from 0.
-        epoch: integer from 0.
-        max_shift: each image is shifted by -max_shift..max_shift pixels along each axis.
-        overlap: whether each image gets a partner, drawn in each epoch from the images of all
-            other classes (section 6.1).
-
-    Returns:
-        Plan.
-
-    Raises:
-        UserError: `overlap` with fewer than two classes, or a negative seed.
-    """
-    # Draw by image, then reorder, so an image's shift does not depend on its position.
-    index = np.arange(len(labels))[:, None]
-    if overlap:
-        partners = _draw_partners(labels, index[:, 0], random_stream(seed, epoch, "partner"))
-        index = np.column_stack([index, partners])
-    shift = _draw_shifts(index.shape, max_shift, random_stream(seed, epoch, "shift"))
-    order = random_stream(seed, epoch, "order").permutation(len(labels))
-    return Plan(index[order].astype(np.int32), shift[order])
-
-
-def evaluation_plan(labels, max_shift, overlap, pairs_per_image=1):
-    """Plan an evaluation: all images in order and unshifted, or overlapping pairs.
-
-    Pairs and shifts do not depend on the user's seed, so runs can be compared. Each image comes
-    first in `pairs_per_image` pairs (1,000 in the paper).
-
-    Args:
-        labels: (n,) integers.
-        max_shift: as in `training_plan`; only pairs are shifted.
-        overlap: whether to make pairs.
-        pairs_per_image: pairs in which each image comes first.
-
-    Returns:
-        Plan of n or n * pairs_per_image examples.
-
-    Raises:
-        UserError: `overlap` with fewer than two classes.
-    """
-    index = np.arange(len(labels), dtype=np.int32)[:, None]
-    if not overlap:
-        return Plan(index, np.zeros((*index.shape, 2), np.int32))
-    # All images once, then again: so the first n pairs are the same however many follow.
-    index = np.tile(index, (pairs_per_image, 1))
-    partners = _draw_partners(labels, index[:, 0], random_stream(0, 0, "evaluation partner"))
-    index = np.column_stack([index, partners.astype(np.int32)])
-    shifts = _draw_shifts(index.shape, max_shift, random_stream(0, 0, "evaluation shift"))
-    return Plan(index, shifts)
 
 
 def batches(data, plan, batch_size, start=0, strategy=None):
@@ -208,13 +193,7 @@ def batches(data, plan, batch_size, start=0, strategy=None):
 
 
 def surround(images, margin, background):
-    """Put a margin of background around images: (B, K, H, W, C) -> (B, K, H + 2·M, W + 2·M, C).
-
-    Args:
-        images: (B, K, H, W, C) uint8.
-        margin: M, pixels.
-        background: (C,) uint8.
-    """
+    """Put a margin of M pixels around images: (B, K, H, W, C) -> (B, K, H + 2·M, W + 2·M, C)."""
     sides = [[0, 0], [0, 0], [margin, margin], [margin, margin], [0, 0]]
     inside = tf.pad(tf.ones_like(images, tf.bool), sides)
     return tf.where(inside, tf.pad(images, sides), tf.constant(background, images.dtype))

@@ -119,12 +119,7 @@ def define_flag(values, name, default, bounds, text):
 
 
 def help_lines(flag, text):
-    """Describe a flag in lines of at most WIDTH columns.
-
-    Args:
-        flag: how it is written, for example "--epoch=10".
-        text: what it sets.
-    """
+    """Describe in lines of at most WIDTH columns what a flag, written as "--epoch=10", sets."""
     head = f"  {flag}"
     # The flag is alone on its line if two spaces no longer fit between it and its description.
     alone = len(head) > COLUMN - 2
@@ -141,11 +136,8 @@ def help_lines(flag, text):
 def describe_flag(name, default, bounds, empty):
     """Return how to write a flag, and a note on its default or on bounds that one may meet.
 
-    Args:
-        name: of the flag.
-        default: its default, whose type is that of the flag.
-        bounds: (lowest, highest) number, or the choices of a text, or None.
-        empty: dict of flag to what is shown for its empty default.
+    `bounds` are (lowest, highest) number, or the choices of a text, or None; `empty` is a dict of
+    flag to what is shown for an empty default.
     """
     if isinstance(default, bool):
         return f"--[no]{name}", ""
@@ -160,14 +152,7 @@ def describe_flag(name, default, bounds, empty):
 
 
 def expected_number(kind, low, high, value=None):
-    """Say which numbers are expected, without bounds that nobody meets.
-
-    Args:
-        kind: int or float.
-        low: the smallest number.
-        high: the largest number.
-        value: the number that was given, if any.
-    """
+    """Say which numbers are expected instead of a value, without bounds that nobody meets."""
     if high > COMMON:
         if value is not None and value > high:
             return f"{KINDS[kind]} of at most {high:,.0f}"
@@ -200,11 +185,9 @@ def stray_word(word, names):
 
 
 def describe_problem(error, names):
-    """Say in one line what absl found wrong with a command line.
+    """Say in one line what absl found wrong with a command line that has flags of these names.
 
-    Args:
-        error: flags.Error, or the ValueError of `--noflag=value`.
-        names: names of all flags.
+    The error is a flags.Error, or the ValueError of `--noflag=value`.
     """
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
@@ -226,9 +209,7 @@ def describe_problem(error, names):
 def advice_for(error, table):
     """Return what the user can do against an error, "" if the error says so itself.
 
-    Args:
-        error: the error.
-        table: dict of type of error to advice; an error without its own gets that of its base.
+    `table` is a dict of type of error to advice; an error without its own gets that of its base.
     """
     if isinstance(error, DataFileError):
         if error.dataset is None:
@@ -306,8 +287,7 @@ def run_script(argv, doc, definitions, function, advice=None, starts_tensorflow=
 def read_values(values, argv):
     """Read a command line into absl's values, and return the words that are no flags.
 
-    Raises:
-        UsageError: a flag is unknown, given twice, or has a wrong value.
+    Raise UsageError if a flag is unknown, given twice, or has a wrong value.
     """
     try:
         stray = values(argv)[1:]
@@ -325,11 +305,7 @@ def read_values(values, argv):
 def run_program(argv, help_text, function, advice):
     """Print the help, or call the function that does the work, and return the exit code.
 
-    Args:
-        argv: the command line; argv[0] is the program.
-        help_text: returns the text of `--help`.
-        function: returns an exit code, None for 0.
-        advice: dict of type of error to what the user can do, see `advice_for`.
+    `help_text` returns the text of `--help`; for the others see `run_script`.
     """
     terminal.escape_unencodable_output()
     program = Path(argv[0]).name

@@ -40,9 +40,7 @@ def is_expected(error):
 def describe_error(error, advice=""):
     """Describe an error that is no fault of the program in one line: what is wrong, what to do.
 
-    Args:
-        error: UserError, OSError, MemoryError or an error of TensorFlow.
-        advice: what the user can do, for a UserError or if memory is short.
+    `advice` is what the user can do, for a UserError or if memory is short.
     """
     import tensorflow as tf
 

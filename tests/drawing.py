@@ -1,5 +1,6 @@
 """What the tests of pictures share: pages with their texts, images to draw, and where they are."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,16 @@ def page_of(draw, *args):
     """Call a function that draws one page; return it."""
     (page,) = pages_of(draw, *args)
     return page
+
+
+def reconstructed(canvas, with_label, without_label, predictions):
+    """What `draw_reconstructions` reads of a network's outputs."""
+    return SimpleNamespace(
+        canvas=canvas,
+        with_label=with_label,
+        without_label=without_label,
+        predictions=predictions,
+    )
 
 
 def noise(*shape, seed=0):

@@ -21,7 +21,6 @@ from model import CapsNet
 from training.checkpoints import (
     DAMAGE,
     Checkpoints,
-    ReadOnlyCheckpoints,
     RunState,
     load_weights,
     newest_intact,
@@ -42,9 +41,9 @@ def make_optimizer(net):
     return optimizer
 
 
-def make_checkpoints(folder, net=None, keep=2, kind=Checkpoints):
+def make_checkpoints(folder, net=None, keep=2):
     net = net or network()
-    return kind(folder, net, make_optimizer(net), 4, keep)
+    return Checkpoints(folder, net, make_optimizer(net), 4, keep)
 
 
 def metadata_of(net):
@@ -171,21 +170,6 @@ def test_a_checkpoint_that_cannot_be_written_is_a_user_error_and_the_others_stay
         trainer.fit(3, 500)
     assert "\n" not in str(caught.value)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_the_checkpoints_of_other_workers_are_read_and_never_written(run_copy):
-    folder, net = run_copy / "checkpoint", network()
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    trainer = trainer_in(run_copy)
-    checkpoints = ReadOnlyCheckpoints(folder, trainer.network, trainer.optimizer, 4)
-    checkpoints.prepare(10)
-    assert checkpoints.restore(12).step == 12
-    checkpoints.save(RunState(15, np.zeros(4)), metadata_of(net))
-    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    elsewhere = make_checkpoints(run_copy / "elsewhere", kind=ReadOnlyCheckpoints)
-    elsewhere.prepare(None)
-    elsewhere.save(RunState(1, np.zeros(4)), metadata_of(net))
-    assert not (run_copy / "elsewhere").exists()
 
 
 # --- Damage ---------------------------------------------------------------------------------------

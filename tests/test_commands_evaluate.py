@@ -37,7 +37,7 @@ from commands.evaluate import (
     test as run_test,
 )
 from commands.reports import training_seconds
-from inputs.pipeline import Examples, Plan, evaluation_plan
+from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
 from training.evaluation import Evaluation
 
@@ -316,7 +316,7 @@ def test_every_pair_is_counted_and_the_sheet_shows_what_was_predicted(tmp_path, 
     save_checkpoint(tmp_path / "multi_checkpoint/multi_mnist", network, multi_MNIST=True)
     result = run(tmp_path, "--test", "--multi_MNIST", "--multi_test_pairs=3", *QUICK)
     assert result.code == 0 and "of 600 pairs wrong" in result.out
-    plan = evaluation_plan(few.y_test, 4, True, 3)
+    plan = Examples(None, few.y_test, max_shift=4, overlap=True).evaluation_plan(3)
     assert np.bincount(plan.index[:, 0]).tolist() == [3] * 200
     canvas = compose_slowly(few.x_test, plan, 4)
     lengths, capsules = (part.numpy() for part in network(canvas))

@@ -27,7 +27,7 @@ from story import (
 import utils
 from capsnet.errors import UserError
 from commands.export import check_new, model_card
-from commands.weights import exported_metadata, load_network
+from commands.weights import load_network, read_exported
 from inputs.appearance import appearance_from, measure_appearance
 
 pytest_plugins = ["story_fixtures"]
@@ -239,7 +239,7 @@ def test_a_card_lists_the_settings_the_parameters_and_the_classes(weights):
 
 def test_pretrained_weights_are_those_that_were_exported_as_float16(exported):
     network = load_network(exported / "taken/along")
-    metadata = exported_metadata(exported / "taken/along")
+    metadata = read_exported(exported / "taken/along")[0]
     assert metadata["step"] == 15 and metadata["seconds"] == 320
     for half, value in zip(network.get_weights(), varied_network().get_weights(), strict=True):
         np.testing.assert_array_equal(half, value.astype(np.float16).astype(np.float32))
@@ -258,6 +258,6 @@ def test_pretrained_weights_are_tested_by_the_same_commands(tmp_path, exported, 
 
 
 def test_an_export_says_how_the_training_images_look_even_if_its_checkpoint_does_not(exported, few):
-    metadata = exported_metadata(exported / "taken/along")
+    metadata = read_exported(exported / "taken/along")[0]
     expected = measure_appearance(Command().data.train)
     assert appearance_from(metadata) == expected and expected.ink_style is not None

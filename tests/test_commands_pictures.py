@@ -9,7 +9,7 @@ from story import QUICK, Command, compose_slowly, decode, varied_network, weight
 import commands.pictures
 from commands.pictures import reconstruction_test, tweak_test
 from commands.reports import outputs_of, show_picture
-from inputs.pipeline import evaluation_plan
+from inputs.pipeline import Examples
 
 pytest_plugins = ["story_fixtures"]
 
@@ -36,7 +36,11 @@ def draw(mode, *words, network=None):
 def results(few, overlap, count):
     """Compute what the network sees in the first test examples, and what it decodes."""
     shape = (36, 36, 1) if overlap else (28, 28, 1)
-    plan = evaluation_plan(few.y_test, 4, overlap).take(slice(count))
+    plan = (
+        Examples(None, few.y_test, max_shift=4, overlap=overlap)
+        .evaluation_plan()
+        .take(slice(count))
+    )
     network = varied_network(shape)
     canvas = compose_slowly(few.x_test, plan, 4 if overlap else 0)
     lengths, capsules = (part.numpy() for part in network(canvas))

@@ -446,12 +446,13 @@ def test_the_examples_of_an_epoch_show_the_first_images_and_a_tweaked_capsule(fe
     lengths, capsules = (part.numpy() for part in network(canvas))
     longest = lengths.argmax(axis=1)
     eye = np.eye(10, dtype=np.float32)
-    images, with_label, without_label, labels, predictions, names = drawn["rows"]
+    outputs, labels, names = drawn["rows"]
     assert names == data.class_names
-    np.testing.assert_allclose(images, canvas, atol=1e-6)
+    np.testing.assert_allclose(outputs.canvas, canvas, atol=1e-6)
     np.testing.assert_array_equal(labels[:, 0], few.y_test[:20])
-    np.testing.assert_array_equal(predictions[:, 0], longest)
-    for shown, classes in (with_label, few.y_test[:20]), (without_label, longest):
+    np.testing.assert_array_equal(outputs.predictions[:, 0], longest)
+    decoded = (outputs.with_label, few.y_test[:20]), (outputs.without_label, longest)
+    for shown, classes in decoded:
         expected = network.decoder(capsules, eye[classes][:, None])
         np.testing.assert_allclose(shown, expected, atol=1e-5)
     images, deltas, name = drawn["tweaks"]

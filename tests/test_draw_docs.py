@@ -172,15 +172,15 @@ def test_reconstructions_show_the_first_right_and_the_first_wrong_images(
     monkeypatch.setattr(examples, "draw_reconstructions", lambda *args: args)
     wrong = [2, 5, *range(20, 40)]
     draw_docs.draw_reconstructions(network, mnist, wrong, Path("a.png"))
-    images, with_label, _, labels, predictions, names, title = saved["a.png"]
+    outputs, labels, names, title = saved["a.png"]
     chosen = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 2, 5, *range(20, 26)]
     assert names == mnist.class_names
     assert title == "Reconstructions of the first 12 right and 8 wrong test images"
-    np.testing.assert_allclose(images, mnist.x_test[chosen] / 255, atol=1e-6)
+    np.testing.assert_allclose(outputs.canvas, mnist.x_test[chosen] / 255, atol=1e-6)
     np.testing.assert_array_equal(labels[:, 0], mnist.y_test[chosen])
     lengths, _ = network(mnist.x_test[chosen] / np.float32(255))
-    np.testing.assert_array_equal(predictions[:, 0], np.argmax(lengths, axis=1))
-    assert with_label.shape == (20, 1, 28, 28, 1)
+    np.testing.assert_array_equal(outputs.predictions[:, 0], np.argmax(lengths, axis=1))
+    assert outputs.with_label.shape == (20, 1, 28, 28, 1)
 
 
 def pretend_main(monkeypatch, code=0, names=draw_docs.SINGLE):

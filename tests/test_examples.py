@@ -18,6 +18,7 @@ from drawing import (
     margins_are_white,
     noise,
     page_of,
+    reconstructed,
     row_heads,
     white_with,
 )
@@ -45,8 +46,9 @@ def test_each_example_of_reconstructions_is_a_triple_in_its_place_below_its_capt
     predictions = labels.copy()
     predictions[4] = (labels[4] + 1) % 10
     decoded = noise(30, 1, seed=1), noise(30, 1, seed=2)
-    arguments = images, *(part / 255 for part in decoded), labels[:, None], predictions[:, None]
-    page = page_of(examples.draw_reconstructions, *arguments, DIGITS)
+    shown, labels = (images, *(part / 255 for part in decoded)), labels[:, None]
+    outputs = reconstructed(*shown, predictions[:, None])
+    page = page_of(examples.draw_reconstructions, outputs, labels, DIGITS)
     assert page.title == "Reconstructions"
     assert "with label: from the capsule of the true class" in page.note
     tiles = {}
@@ -54,14 +56,14 @@ def test_each_example_of_reconstructions_is_a_triple_in_its_place_below_its_capt
         y, x = LINE + n // 4 * (112 + 2 * LINE), n % 4 * (TRIPLE + GAP)
         for column, tile in enumerate((images[n], decoded[0][n, 0], decoded[1][n, 0])):
             tiles[y, x + column * SIDE] = tile
-        caption = f"true {labels[n]}, predicted {predictions[n]}"
+        caption = f"true {labels[n, 0]}, predicted {predictions[n]}"
         assert lines_above(page, y, x, TRIPLE, 1) == [(caption, RED if n == 4 else INK)]
         for column, head in enumerate(("input", "with label", "no label")):
             assert head in column_heads(page, x + column * SIDE + 56)
     np.testing.assert_array_equal(page.contents, white_with(tiles))
     assert has(page.pixels, RED)
-    arguments = *arguments[:4], labels[:, None]
-    page = page_of(examples.draw_reconstructions, *arguments, DIGITS, "Some images")
+    outputs = reconstructed(*shown, labels)
+    page = page_of(examples.draw_reconstructions, outputs, labels, DIGITS, "Some images")
     assert page.title == "Some images" and not has(page.pixels, RED)
 
 
@@ -74,8 +76,8 @@ def test_pairs_are_spelled_in_order_and_red_only_if_a_digit_is_wrong():
     expected = white_with({(LINE, column * SIDE): tile for column in range(3)})
     right, wrong = ("true 2+7, predicted 2+7", INK), ("true 2+7, predicted 1+2", RED)
     for guess, caption in (([7, 2], right), ([2, 7], right), ([2, 1], wrong)):
-        classes = np.array([[7, 2]]), np.array([guess]), DIGITS
-        page = page_of(examples.draw_reconstructions, both[None], parts, parts, *classes)
+        outputs = reconstructed(both[None], parts, parts, np.array([guess]))
+        page = page_of(examples.draw_reconstructions, outputs, np.array([[7, 2]]), DIGITS)
         np.testing.assert_array_equal(page.contents, expected)
         assert lines_above(page, LINE, 0, TRIPLE, 1) == [caption]
 

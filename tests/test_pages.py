@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from drawing import CLOTHES, DIGITS, LINE, margins_are_white, noise, origin, pages_of
+from drawing import CLOTHES, DIGITS, LINE, margins_are_white, noise, origin, pages_of, reconstructed
 from PIL import ImageColor
 
 import utils
@@ -19,7 +19,8 @@ def draw_all(names):
     pairs = np.stack([labels, (labels + 1) % 10], axis=1)
     lengths, deltas = np.full((10, 10), 0.5), np.linspace(-0.25, 0.25, 11)
     decoded = images, pairs_of_images
-    examples.draw_reconstructions(*decoded, pairs_of_images, pairs, pairs[::-1], names)
+    outputs = reconstructed(*decoded, pairs_of_images, pairs[::-1])
+    examples.draw_reconstructions(outputs, pairs, names)
     examples.draw_misclassified(images, labels, labels, pairs[:, 1], lengths, names)
     examples.draw_multi("Pairs", *decoded, pairs, pairs, names)
     examples.draw_predictions(images, *decoded, [[name, "0: 0.98"] for name in names])

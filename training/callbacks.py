@@ -21,43 +21,28 @@ class Callback:
     """
 
     def on_train_begin(self, step):
-        """Do something before the first step.
-
-        Args:
-            step: of the checkpoint that the run resumes from, or 0 at the start of a run.
-        """
+        """Do something before the first step: 0, or that of the checkpoint to resume from."""
 
     def on_train_batch_end(self, progress):
-        """Do something after a step.
-
-        Args:
-            progress: Progress.
-        """
+        """Do something after a step, with its Progress."""
 
     def on_epoch_end(self, epoch):
         """Do something after an epoch, before its validation, with the averages of the weights.
 
-        Args:
-            epoch: its number, from 1.
+        Epochs count from 1.
         """
 
     def on_test_end(self, validation):
-        """Do something after the validation, with the averages of the weights.
-
-        Args:
-            validation: Validation.
-        """
+        """Do something after the Validation, with the averages of the weights."""
 
     def on_message(self, text):
         """Do something with a line of text for the user."""
 
 
 class Printing(Callback):
-    """Shows the progress, validations and messages of a training run.
+    """Shows the progress, validations and messages of a training run on a Display.
 
-    Args:
-        display: runtime.terminal.Display.
-        checkpoints: folder; given, a line says that the run resumes from it.
+    If `checkpoints` is given, a line says that the run resumes from this folder.
     """
 
     def __init__(self, display, checkpoints=None):

@@ -65,8 +65,7 @@ class Checkpoints:
     def prepare(self, intact_step):
         """Create the folder, and delete what a kill or damage left after an intact checkpoint.
 
-        Args:
-            intact_step: step of the newest intact checkpoint, None if there is none.
+        `intact_step` is that of the newest intact checkpoint, None if there is none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = saved_steps(self.folder)
@@ -121,12 +120,7 @@ class Checkpoints:
         tf.compat.v1.train.update_checkpoint_state(folder, paths[-1], paths)
 
     def restore(self, step):
-        """Restore the variables of a checkpoint and return its RunState.
-
-        Raises:
-            NetworkMismatch: a variable is missing or has another shape.
-            DAMAGE: the checkpoint is damaged.
-        """
+        """Restore the variables of a checkpoint and return its RunState. Raise as `restore`."""
         restore(self._variables, self.folder, step, self._checkpoint)
         return RunState(
             step=int(self._state["step"].numpy()),
@@ -146,8 +140,7 @@ class Checkpoints:
             was not restored; (None, "", None) if there is no checkpoint.
 
         Raises:
-            DamagedCheckpoints: there are checkpoints, and all are damaged.
-            NetworkMismatch: a variable is missing or has another shape.
+            DamagedCheckpoints, NetworkMismatch: see `newest_intact` and `check_shapes`.
         """
 
         def read(step):
@@ -161,8 +154,7 @@ class Checkpoints:
     def newest_intact_step(self, report):
         """Return the step of the newest checkpoint whose weights can be read, or None.
 
-        Raises:
-            NetworkMismatch: a weight is missing or has another shape.
+        Raise NetworkMismatch if a weight is missing or has another shape.
         """
 
         def read(step):
@@ -173,16 +165,6 @@ class Checkpoints:
 
         with contextlib.suppress(DamagedCheckpoints):
             return newest_intact(self.folder, read, report)[1]
-
-
-class ReadOnlyCheckpoints(Checkpoints):
-    """The checkpoints of a worker that is not the chief: they are read, never written."""
-
-    def prepare(self, intact_step):
-        """Leave the folder to the chief."""
-
-    def save(self, state, metadata):
-        """Leave saving to the chief."""
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -201,13 +183,9 @@ def saved_steps(folder):
 
 @contextlib.contextmanager
 def open_checkpoint(folder, step):
-    """Open a checkpoint.
+    """Open a checkpoint: yield TensorFlow's reader of it, and the path to read it by.
 
-    Yields:
-        TensorFlow's reader of it, and the path that TensorFlow can read it by.
-
-    Raises:
-        DAMAGE: its index is damaged.
+    Raise DAMAGE if its index is damaged.
     """
     with contextlib.ExitStack() as stack:
         if set("[*?\\") & set(str(folder)):  # TensorFlow takes the path for a pattern
@@ -222,9 +200,7 @@ def open_checkpoint(folder, step):
 def read_metadata(folder, step):
     """Return the metadata that a checkpoint was saved with.
 
-    Raises:
-        NetworkMismatch: it was saved without any.
-        DAMAGE: the checkpoint is damaged.
+    Raise NetworkMismatch if it was saved without any, DAMAGE if it is damaged.
     """
     with open_checkpoint(folder, step) as (reader, _):
         (key,) = check_shapes(reader, {METADATA: tf.TensorSpec(())}, folder, step)
@@ -232,16 +208,13 @@ def read_metadata(folder, step):
 
 
 def check_shapes(reader, variables, folder, step):
-    """Check that a checkpoint has these variables, in their shapes.
+    """Check that a checkpoint has these variables, in their shapes, and return their keys in it.
 
     Args:
         reader: reader of the checkpoint.
         variables: dict of name to variable, or of group to such a dict.
         folder: folder of the checkpoints.
         step: step of the checkpoint.
-
-    Returns:
-        The keys of the variables in the checkpoint.
 
     Raises:
         NetworkMismatch: a variable is missing or has another shape.
@@ -317,12 +290,9 @@ def newest_intact(folder, read, report):
 
 
 def newest_metadata(folder):
-    """Return the metadata of the newest checkpoint of a folder of which they can be read.
+    """Return the metadata of the newest checkpoint of which they can be read.
 
-    Raises:
-        NoCheckpoint: there is none.
-        DamagedCheckpoints: all are damaged.
-        NetworkMismatch: it was saved without any.
+    Raise NoCheckpoint or DamagedCheckpoints if there is none.
     """
     metadata, _ = newest_intact(
         folder, lambda step: read_metadata(folder, step), report=lambda line: None
@@ -333,17 +303,9 @@ def newest_metadata(folder):
 
 
 def load_weights(network, folder, report):
-    """Restore the weights of the newest intact checkpoint of a folder.
+    """Restore the weights of the newest intact checkpoint of a folder, and return its metadata.
 
     If the training run kept averages of the weights, the network gets these.
-
-    Args:
-        network: `training.network.Network`.
-        folder: folder of the checkpoints.
-        report: takes a line of text for the user.
-
-    Returns:
-        The checkpoint's metadata.
 
     Raises:
         NoCheckpoint: there is none.

@@ -33,11 +33,7 @@ def choose_strategy(name, waiting=None):
 
 
 def check_cluster(text):
-    """Check the text of TF_CONFIG.
-
-    Raises:
-        UserError: it does not describe a cluster and this worker's place in it.
-    """
+    """Raise UserError unless TF_CONFIG describes a cluster and the place of this worker in it."""
     try:
         config = json.loads(text)
         task, cluster = config["task"], config["cluster"]

@@ -63,15 +63,12 @@ class Evaluator:
         self._forward = forward
 
     def evaluate(self, data, plan, on_batch=None):
-        """Evaluate all examples of a plan.
+        """Return the Evaluation of all examples of a plan.
 
         Args:
             data: Examples.
             plan: Plan for this data.
             on_batch: called after each batch with the number of examples done.
-
-        Returns:
-            Evaluation.
         """
         n, prepared = len(plan.index), self._prepare()
         size, parts = min(BATCH_SIZE, n), []

@@ -101,10 +101,9 @@ def replacing_events(folder, name, step):
 
 
 def event_files(folder):
-    """Read the event files of a folder, the oldest first.
+    """Yield each event file of a folder, the oldest first.
 
-    Yields:
-        The path, the serialized events up to where a kill cut one, and whether none is cut.
+    Of each its path, the serialized events up to where a kill cut it, and whether it is whole.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*")):
         records = list(RawEventFileLoader(str(path)).Load())

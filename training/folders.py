@@ -22,17 +22,10 @@ class Folders(NamedTuple):
 
 @contextlib.contextmanager
 def run_lock(folders, report):
-    """Keep a second training run out of the folders of a run.
+    """Keep a second training run out of these folders; raise FolderInUse if there is one.
 
     The system frees the locks of a process that ends. Not every file system has locks, such as some
     Lustre and NFS: without them the run goes on, with a line that says so.
-
-    Args:
-        folders: Folders, or paths.
-        report: takes a line of text for the user.
-
-    Raises:
-        FolderInUse: another process trains in one of them.
     """
     with contextlib.ExitStack() as stack:
         unlocked = [folder for folder in folders if not stack.enter_context(_folder_lock(folder))]
@@ -63,14 +56,9 @@ def _folder_lock(folder):
 
 
 def claim(folder, checkpoints):
-    """Note in a folder which run writes to it.
+    """Note in a folder of events or of the best weights which run writes to it.
 
-    Args:
-        folder: folder of events or of the best weights.
-        checkpoints: folder of the run's checkpoints.
-
-    Raises:
-        FolderTaken: another run writes to it, whose checkpoints are elsewhere.
+    Raise FolderTaken if it is another run, whose checkpoints are elsewhere than in `checkpoints`.
     """
     note, own = folder / "run", os.path.relpath(checkpoints, folder)
     owner = note.read_text(**_TEXT).strip() if note.exists() else ""

@@ -31,13 +31,7 @@ def resume(checkpoints, folders, metadata, strategy, restart, report):
         report: takes a line of text for the user.
 
     Returns:
-        RunState, or None if training starts at step 0.
-
-    Raises:
-        RunMismatch: an unfinished run of other settings is there.
-        NetworkMismatch: the settings agree, and a variable is missing or has another shape.
-        DamagedCheckpoints: there are checkpoints, and all are damaged.
-        UserError: a worker cannot read the checkpoint that the chief resumes from.
+        RunState, or None if training starts at step 0. Raise as `Trainer.fit`.
     """
     chief, state = is_chief(strategy), None
     if chief and restart:

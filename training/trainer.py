@@ -12,7 +12,7 @@ from capsnet.errors import NotFinite
 from capsnet.metadata import complete
 from inputs.pipeline import batches
 from training.callbacks import Validation
-from training.checkpoints import Checkpoints, ReadOnlyCheckpoints, RunState, saved_steps
+from training.checkpoints import Checkpoints, RunState, saved_steps
 from training.distribution import is_chief, sum_over_workers
 from training.evaluation import Evaluator
 from training.events import EventLog, write_scalars, write_settings
@@ -89,9 +89,8 @@ class Trainer:
         n_sums = len(network.config.loss_terms) + 2  # also: correct examples, examples
         self.state = RunState(step=0, sums=np.zeros(n_sums))
         self.resumed_step = None
-        kind = Checkpoints if self.chief else ReadOnlyCheckpoints
-        self.checkpoints = kind(run.folders.checkpoint, network, self.optimizer, n_sums)
-        self.best = kind(run.folders.best, network, self.optimizer, n_sums, keep=1)
+        self.checkpoints = Checkpoints(run.folders.checkpoint, network, self.optimizer, n_sums)
+        self.best = Checkpoints(run.folders.best, network, self.optimizer, n_sums, keep=1)
 
     def fit(self, epochs, save_steps, restart=False):
         """Train until `epochs` epochs are done, resuming from the last checkpoint if there is one.
@@ -229,7 +228,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_epoch_end(self.state.step // self.steps_per_epoch)
             improved = self._validate() if self.validation else False
-        if improved:
+        if improved and self.chief:
             self.best.save(self.state, self._metadata_at(context.last_step))
 
     def _validate(self):
@@ -264,11 +263,12 @@ class Trainer:
         return self.metadata | self.run.description | steps
 
     def _save(self, context):
-        """Write a checkpoint, unless a weight is not finite."""
+        """Write a checkpoint, unless a weight is not finite or another worker writes it."""
         if not all(np.isfinite(array).all() for array in self.network.get_weights()):
             raise NotFinite("a weight is", self.state.step)
         context.log.flush()  # first: a resumed run cuts events, but cannot restore lost ones
-        self.checkpoints.save(self.state, self._metadata_at(context.last_step))
+        if self.chief:
+            self.checkpoints.save(self.state, self._metadata_at(context.last_step))
 
     def _resume(self, restart):
         """Restore the run that is in the folders, if there is one."""

@@ -172,7 +172,7 @@ def make_inference(network, batch, jit=True):
 
     @tf.function(autograph=False)
     def lengths(images, spectra):
-        return ops.length(inference.capsules(images, spectra))
+        return ops.length(inference.compute(images, spectra))
 
     spectra = inference.prepare()
     return lambda: lengths(images, spectra).numpy()

@@ -37,17 +37,10 @@ class Dataset(NamedTuple):
 
 
 def draw_by_class(labels, count, stream, skipped=0):
-    """Draw about the same share of each class.
+    """Draw `count` indices of labels, sorted: about the same share of each class.
 
-    Args:
-        labels: (N,) integers.
-        count: how many indices to draw.
-        stream: np.random.Generator.
-        skipped: with 0 each class is drawn from before any is drawn from twice; with 1 the larger
-            classes come first, so that small ones are not emptied.
-
-    Returns:
-        Indices of labels, sorted.
+    With `skipped` 0 each class is drawn from before any is drawn from twice; with 1 the larger
+    classes come first, so that small ones are not emptied.
     """
     order = stream.permutation(len(labels))
     position = np.empty(len(labels))  # how far through its class each one comes in this order

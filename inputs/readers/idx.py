@@ -24,15 +24,11 @@ def read_idx(path, dataset=None):
     claims, and reading stops one byte after the claim. Source of the format:
     http://yann.lecun.com/exdb/mnist/.
 
-    Args:
-        path: path of the file.
-        dataset: name of the data set that it belongs to, for the error.
-
     Returns:
         uint8 (N,) or (N, H, W), no dimension zero.
 
     Raises:
-        DataFileError: the file cannot be read, is damaged, or does not hold exactly what it claims.
+        DataFileError: the file, of this data set, cannot be read, or does not hold what it claims.
     """
     gzipped = Path(path).suffix == ".gz"
     try:
@@ -60,14 +56,9 @@ def read_idx(path, dataset=None):
 
 
 def _read_idx_header(file, most):
-    """Read the shape from an IDX file's header.
+    """Read the shape from the header of a file that holds `most` bytes at most.
 
-    Args:
-        file: at its beginning.
-        most: bytes that the file can hold.
-
-    Raises:
-        ValueError: the header is not plausible.
+    Raise ValueError if it is not plausible.
     """
     magic = file.read(4)
     if magic not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):

@@ -87,14 +87,11 @@ def read_folders(folder, image_size, seed):
 
 
 def _list_files(folder):
-    """List the image files of a folder.
+    """List the image files of a folder. Raise UserError if they are no classes of images.
 
     Returns:
         Names of the classes; by split lists of (path, label), all in "train" without a split; and a
         Counter of what is left out, by its kind.
-
-    Raises:
-        UserError: there are no two classes, or a class is empty, not trained, or named twice.
     """
     root, skipped = _innermost(folder), Counter()
     splits = _split_folders(root)
@@ -165,15 +162,9 @@ def _split_folders(root):
 
 
 def _files_of(place, names, skipped):
-    """List the image files of a split with their labels.
+    """List the image files of a split with their labels; count in `skipped` what is left out.
 
-    Args:
-        place: folder of the split.
-        names: class names.
-        skipped: Counter that gets what is left out, by its kind.
-
-    Raises:
-        UserError: a class has no images, or is not trained.
+    Raise UserError if a class has no images, or is not one of the trained ones, `names`.
     """
     suffixes, files, empty = image_suffixes(), [], []
     skipped["in no class"] += sum(path.is_file() for path in place.iterdir())
@@ -217,18 +208,10 @@ def _listed(names):
 
 
 def _read_splits(files, image_size):
-    """Read the image files of all splits.
-
-    Args:
-        files: lists of (path, label) by the name of the split.
-        image_size: (H, W) to make all images fit, or None if they are of one size.
+    """Read the image files of all splits, lists of (path, label) by name, see `_read_files`.
 
     Returns:
         Splits by name, what stands for white in files of more than 8 bits, and notes.
-
-    Raises:
-        UserError: some files cannot be read, or are too dark; it names the first of them.
-        ImageSizesDiffer: there are several sizes, and `image_size` is None.
     """
     images, white, notes = _read_files(
         [path for listed in files.values() for path, _ in listed], image_size
@@ -274,11 +257,7 @@ def _read_files(paths, image_size):
 def _hold_out(folder, labels, seed):
     """Hold out a sixth of all images, about as many of each class, drawn by the seed.
 
-    Returns:
-        The indices to train on and those to test, both sorted.
-
-    Raises:
-        UserError: there are too few images.
+    Return the indices to train on and those to test, sorted. Raise UserError if they are too few.
     """
     stream = random_stream(seed, 0, "held-out test")
     chosen = draw_by_class(labels, len(labels) // 6, stream, skipped=1)

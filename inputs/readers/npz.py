@@ -94,13 +94,7 @@ def _shaped(path, name, array, labels, notes):
 
 
 def _advice_on_axes(name, shape, count):
-    """Say what is wrong with the axes of images, and what to write; None if nothing seems to be.
-
-    Args:
-        name: name of the array.
-        shape: its shape.
-        count: number of labels.
-    """
+    """Say what is wrong with the axes of images of `count` labels, and what to write, or None."""
     if not math.prod(shape):
         return None
     if len(shape) in (3, 4) and shape[-1] == count != shape[0]:
@@ -225,16 +219,9 @@ def _is_one_hot(rows):
 
 
 def _numbered(path, labels, class_names, notes):
-    """Number labels from 0 without gaps.
+    """Number labels, integers or text (N,) by split, from 0 without gaps.
 
-    Args:
-        path: path of the file.
-        labels: by split, integers or text (N,).
-        class_names: array of names, or None.
-        notes: list that gets lines for the user.
-
-    Returns:
-        Labels by split, int32 (N,), and the names of the classes.
+    Return labels by split, int32 (N,), and the names of the classes: those of the file, if any.
     """
     classes = np.unique(labels["train"])
     _check_classes(path, classes, labels)
@@ -274,16 +261,9 @@ def _check_classes(path, classes, labels):
 
 
 def _named(path, classes, class_names, notes):
-    """Find the names of the classes, and their order.
+    """Return the names of the sorted classes, and for each name the place of its class in them.
 
-    Args:
-        path: path of the file.
-        classes: the different labels, sorted.
-        class_names: names of the file.
-        notes: list that gets lines for the user.
-
-    Returns:
-        Names, and for each of them the place of its class in `classes`.
+    They are taken from `class_names`, those of the file.
     """
     known = class_names.tolist()
     if len(set(known)) < len(known):
