@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -305,23 +306,24 @@ def damaged_checkpoints(folder, rng, kind, tries=5):
 
 def bad_downloads(folder, rng):
     """Fetch a file from a server with each fault: it is there in the end, or one line says why."""
-    lost, faults, mnist = 0, (*HARMLESS, *HARMFUL), download.DATASETS["mnist"]
-    labels = [file for file in mnist.files if file.name == faulty_server.LABELS]
+    lost, faults, labels = 0, (*HARMLESS, *HARMFUL), faulty_server.LABELS
+    mnist = download.Source((), {labels: download.DATASETS["mnist"].sha256[labels]})
     with (
         faulty_server.serving() as server,
         mock.patch.multiple(download, TIMEOUT=0.5, BACKOFF=0.01),
-        mock.patch.dict(download.DATASETS, mnist=mnist._replace(mirrors=(), files=labels)),
+        mock.patch.dict(download.DATASETS, mnist=mnist),
+        contextlib.redirect_stdout(io.StringIO()),
     ):
         server.handle_error = lambda *_: None  # some faults cut the connection on purpose
         for fault in faults:
             place, message = folder / fault, ""
             try:
-                download.fetch("mnist", place, f"{server.url}{fault}/", lambda *_: None)
+                download.fetch("mnist", place, f"{server.url}{fault}/")
             except download.DownloadError as error:
                 message = str(error)
-            names = [path.name for path in place.rglob("*") if path.is_file()]
+            names = [path.name for path in place.rglob("*")]
             if fault in HARMLESS:
-                lost += message != "" or names != [faulty_server.LABELS]
+                lost += message != "" or names != ["mnist", labels]
             else:
                 lost += message == "" or "\n" in message or names != []
     return len(faults), lost

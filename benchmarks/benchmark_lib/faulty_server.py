@@ -58,13 +58,10 @@ ANSWERS = {
     # Good answers
     "ok": response,
     "chunked": lambda body: chunked(chunks(body) + b"0\r\n\r\n"),
-    "stored": lambda body: response(gzip.compress(gzip.decompress(body), compresslevel=0)),
     # Status codes
     "forbidden": lambda body: response(b"go away", 403),
     "absent": lambda body: response(b"not here", 404),
-    "late": lambda body: response(b"too slow", 408),
     "limited": lambda body: response(b"later", 429),
-    "failing": lambda body: response(b"oops", 500),
     "busy": lambda body: response(b"later", 503),
     "file_redirect": lambda body: response(b"", 302, Location="file:///etc/hostname"),
     # Connections that end too early, and what is not HTTP
@@ -126,11 +123,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         """Log nothing."""
-
-    def answer_keep(self, body):
-        """Send the file and keep the connection open."""
-        self.wfile.write(response(body))
-        self.server.over.wait(SECONDS)
 
     def answer_recovering(self, body):
         """Fail the first request for a path, and then send the file."""
