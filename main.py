@@ -20,9 +20,9 @@ import sys
 
 from absl import flags
 
-from capsnet import config, errors
-from capsnet.errors import UsageError
-from capsnet.networks import NETWORKS
+from capsnet_core import config, errors
+from capsnet_core.errors import UsageError
+from capsnet_core.networks import NETWORKS
 from commands import checks
 from runtime import command_line, machine, startup
 

@@ -6,9 +6,9 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from capsnet.base import Inference, Network
-from capsnet.cnn import CNN
-from capsnet.networks import CapsNetConfig
+from capsnet_core.base import Inference, Network
+from capsnet_core.cnn import CNN
+from capsnet_core.networks import CapsNetConfig
 
 # Images that are routed at a time on a CPU, for inference: their votes fit in its cache.
 CHUNK_SIZE = 16
@@ -244,7 +244,7 @@ class CapsNet(Network):
         return {"margin": outputs.margin_loss, "reconstruction": outputs.reconstruction_loss}
 
 
-CLASSES = {"capsnet": CapsNet, "cnn": CNN}  # by the names of `capsnet.networks.NETWORKS`
+CLASSES = {"capsnet": CapsNet, "cnn": CNN}  # by the names of `capsnet_core.networks.NETWORKS`
 
 
 def build(config, **options):

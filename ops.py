@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from capsnet.convolution import choose_algorithm
-from capsnet.spectral import output_size
+from capsnet_core.convolution import choose_algorithm
+from capsnet_core.spectral import output_size
 
 EPSILON = 1e-9  # inside every root: the gradient of a norm at 0 would be NaN without it
 M_PLUS, M_MINUS, LAMBDA = 0.9, 0.1, 0.5  # eq. 4

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from capsnet.errors import UserError, os_advice
+from capsnet_core.errors import UserError, os_advice
 
 # What `open_npz` raises for a damaged .npz file, or one that is not an .npz file at all.
 NPZ_ERRORS = (

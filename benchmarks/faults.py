@@ -31,7 +31,7 @@ import numpy as np
 from benchmark_lib import faulty_server, timing
 
 import download
-from capsnet import config, errors
+from capsnet_core import config, errors
 from inputs.readers import idx
 from runtime import startup
 from runtime.command_line import run_script

@@ -18,7 +18,7 @@ import sys
 import numpy as np
 from benchmark_lib import timing
 
-from capsnet import errors
+from capsnet_core import errors
 from inputs import datasets
 from runtime import machine, startup
 from runtime.command_line import run_script

@@ -14,7 +14,7 @@ import sys
 
 from benchmark_lib import timing
 
-from capsnet import errors
+from capsnet_core import errors
 from runtime.command_line import run_script
 
 FOLDER = timing.ROOT / "results"

@@ -3,9 +3,9 @@
 import itertools
 import os
 
-from capsnet import config
-from capsnet.errors import UsageError
-from capsnet.networks import NETWORKS
+from capsnet_core import config
+from capsnet_core.errors import UsageError
+from capsnet_core.networks import NETWORKS
 from inputs import datasets
 from runtime import command_line
 

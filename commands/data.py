@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
-from capsnet import config
+from capsnet_core import config
 from inputs import datasets
 from inputs.appearance import measure_appearance
 from inputs.pipeline import Examples, split_validation

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from capsnet.errors import UsageError
+from capsnet_core.errors import UsageError
 from runtime import machine, startup
 from training.distribution import choose_strategy, is_chief
 

@@ -8,7 +8,7 @@ import numpy as np
 
 import ops
 import utils
-from capsnet.config import TrainingConfig
+from capsnet_core.config import TrainingConfig
 from commands.data import run_folders, run_name
 from commands.reports import outputs_of, summarize, training_seconds
 from figures import examples, files, plots

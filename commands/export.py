@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from capsnet.errors import UserError
-from capsnet.metadata import complete_training
+from capsnet_core.errors import UserError
+from capsnet_core.metadata import complete_training
 from commands.data import run_folders, run_name
 from commands.reports import training_seconds
 from commands.weights import appearance_of

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from commands.data import run_folders
 from commands.reports import outputs_of, show_picture
 from figures import examples, files, grids, tweaks

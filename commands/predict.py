@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from commands.weights import appearance_of
 from figures import examples, files
 from figures.pages import drawable_names

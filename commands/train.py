@@ -9,9 +9,9 @@ import tensorflow as tf
 
 import model
 import utils
-from capsnet.config import TrainingConfig
-from capsnet.errors import UserError
-from capsnet.networks import NETWORKS
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import UserError
+from capsnet_core.networks import NETWORKS
 from commands.data import fingerprint, run_folders, run_name
 from commands.reports import outputs_of, summarize
 from commands.weights import build_network, check_unseen, find_exported, start_with

@@ -9,9 +9,9 @@ import keras
 
 import model
 import utils
-from capsnet.errors import NoPretrainedWeights, PretrainedMismatch, UsageError, UserError
-from capsnet.metadata import complete, differences
-from capsnet.networks import NETWORKS, config_from
+from capsnet_core.errors import NoPretrainedWeights, PretrainedMismatch, UsageError, UserError
+from capsnet_core.metadata import complete, differences
+from capsnet_core.networks import NETWORKS, config_from
 from commands.data import load_data, run_folders, run_name
 from inputs.appearance import PLAIN, appearance_from
 from training.checkpoints import METADATA, load_weights, newest_metadata
@@ -26,7 +26,7 @@ class Weights(NamedTuple):
     """A network with the weights that a command examines."""
 
     network: keras.Model
-    metadata: dict  # see `capsnet.metadata`
+    metadata: dict  # see `capsnet_core.metadata`
     folder: Path
 
     @property
@@ -83,10 +83,10 @@ def build_network(config, seed, devices, initialization=None, freeze=()):
     """Build a network; its first weights depend on the seed alone.
 
     Args:
-        config: one of `capsnet.networks`.
+        config: one of `capsnet_core.networks`.
         seed: of the first weights.
         devices: Devices.
-        initialization: see `capsnet.base.Network`; None if other weights follow.
+        initialization: see `capsnet_core.base.Network`; None if other weights follow.
         freeze: see `freeze_parts`.
     """
     options = {"conv": devices.conv, "dtype": devices.precision}
@@ -216,7 +216,7 @@ def load_network(folder, **options):
 
     Args:
         folder: see `find_exported`.
-        **options: conv, dtype and the like, see `capsnet.base.Network`.
+        **options: conv, dtype and the like, see `capsnet_core.base.Network`.
     """
     folder = find_exported(folder)
     metadata, values = read_exported(folder)

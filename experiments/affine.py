@@ -23,7 +23,7 @@ from experiment_lib import flags
 from PIL import Image
 
 import utils
-from capsnet import config
+from capsnet_core import config
 from figures import files, plots
 from inputs import datasets
 from runtime import terminal
@@ -40,7 +40,7 @@ class Network(NamedTuple):
     """A network of the comparison."""
 
     title: str
-    architecture: str | None  # of `capsnet.networks.CNN_LAYERS`; None for the CapsNet
+    architecture: str | None  # of `capsnet_core.networks.CNN_LAYERS`; None for the CapsNet
     paper: float  # percent of affNIST that the paper's has right, at 99.23% of placed MNIST
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from experiment_lib import flags
 
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from figures import examples, files, pages, plots, tweaks
 from inputs import datasets
 from runtime import terminal

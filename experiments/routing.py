@@ -14,7 +14,7 @@ import numpy as np
 from experiment_lib import flags
 
 import utils
-from capsnet import errors
+from capsnet_core import errors
 from figures import files, plots
 from inputs import datasets
 from runtime import machine

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from experiment_lib import flags
 
 import utils
-from capsnet import config
+from capsnet_core import config
 from inputs import datasets
 from runtime.command_line import MOST, Flag, distinct, number, one_of, run_script
 

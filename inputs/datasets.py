@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from capsnet.config import CLASS_NAMES
-from capsnet.errors import UserError
+from capsnet_core.config import CLASS_NAMES
+from capsnet_core.errors import UserError
 from inputs.readers.dataset import draw_by_class
 from inputs.readers.idx import read_idx_files, read_idx_pair
 from inputs.readers.image_folders import read_folders

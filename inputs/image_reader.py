@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from inputs.levels import scaled_to_bytes, white_of
 from utils import to_uint8
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from capsnet import config
-from capsnet.errors import UserError
+from capsnet_core import config
+from capsnet_core.errors import UserError
 from utils import random_stream
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from capsnet.errors import DataFileError, FolderInUse, Interrupted, UsageError
+from capsnet_core.errors import DataFileError, FolderInUse, Interrupted, UsageError
 from runtime import machine, messages, startup, terminal
 from utils import ROOT
 

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 
-from capsnet.errors import UserError, os_advice
+from capsnet_core.errors import UserError, os_advice
 
 # What TensorFlow puts around the message of an error in a graph: nodes, Python's stack, a hint.
 GRAPH_LINES = (

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from capsnet.config import TrainingConfig
+from capsnet_core.config import TrainingConfig
 from inputs.pipeline import Examples
 from training.callbacks import Callback
 from training.folders import Folders

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import main
-from capsnet.metadata import complete
+from capsnet_core.metadata import complete
 from commands.data import load_data
 from commands.devices import choose_devices
 from commands.train import frozen, make_trainer, network_config

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from capsnet import networks
-from capsnet.cnn import CNN
-from capsnet.networks import CNN_LAYERS
+from capsnet_core import networks
+from capsnet_core.cnn import CNN
+from capsnet_core.networks import CNN_LAYERS
 from model import CapsNet
 
 SHAPE = (12, 8, 2)

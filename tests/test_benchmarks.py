@@ -25,7 +25,7 @@ from benchmark_lib import faulty_server, timing
 
 import download
 import results
-from capsnet import errors
+from capsnet_core import errors
 from inputs import pipeline
 from runtime.command_line import run_script
 from training.checkpoints import Checkpoints

@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 from engine import events, folders_in, network, same, state, trainer_in
 
-from capsnet.config import TrainingConfig
-from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
-from capsnet.metadata import complete, differences
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError
+from capsnet_core.metadata import complete, differences
 from inputs import datasets
 from inputs.pipeline import Examples, split_validation
 from model import CapsNet

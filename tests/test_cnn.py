@@ -15,9 +15,9 @@ from oracles import (
     randomized,
 )
 
-from capsnet import networks
-from capsnet.cnn import CNN
-from capsnet.networks import CNN_LAYERS
+from capsnet_core import networks
+from capsnet_core.cnn import CNN
+from capsnet_core.networks import CNN_LAYERS
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import tensorflow as tf
 from absl import flags
 
 import main
-from capsnet import errors
-from capsnet.errors import Interrupted, UsageError
+from capsnet_core import errors
+from capsnet_core.errors import Interrupted, UsageError
 from runtime import command_line
 from runtime.command_line import Flag
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image
 from story import QUICK, Story, assert_refused, load_all, run, save_checkpoint
 
-from capsnet.cnn import CNN
+from capsnet_core.cnn import CNN
 from inputs import datasets
 
 NAMES = ("blue sky", "green", "red")

@@ -17,7 +17,7 @@ from story import (
     weights_of,
 )
 
-from capsnet.errors import ImageTooSmall, UserError
+from capsnet_core.errors import ImageTooSmall, UserError
 from commands.data import run_folders
 from commands.weights import check_data, check_unseen
 from inputs import datasets

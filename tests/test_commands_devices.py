@@ -3,7 +3,7 @@ import tensorflow as tf
 from story import FAST, Command
 
 import commands.devices
-from capsnet.errors import UsageError
+from capsnet_core.errors import UsageError
 from runtime import machine
 
 pytest_plugins = ["story_fixtures"]

@@ -22,7 +22,7 @@ from story import (
 )
 
 import main
-from capsnet.metadata import complete_training
+from capsnet_core.metadata import complete_training
 from commands.evaluate import (
     confusion,
     digits_right,

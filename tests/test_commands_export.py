@@ -25,7 +25,7 @@ from story import (
 )
 
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from commands.export import check_new, model_card
 from commands.weights import load_network, read_exported
 from inputs.appearance import appearance_from, measure_appearance

@@ -23,7 +23,7 @@ from story import (
 
 import main
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from commands.predict import (
     caption,
     classify,

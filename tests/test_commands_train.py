@@ -28,7 +28,7 @@ from tensorboard import program
 
 import commands.train
 import main
-from capsnet.networks import NETWORKS, CapsNetConfig
+from capsnet_core.networks import NETWORKS, CapsNetConfig
 from commands.reports import summarize
 from commands.train import (
     TensorBoard,

@@ -29,17 +29,17 @@ from story import (
 
 import main
 import utils
-from capsnet import config
-from capsnet.cnn import CNN
-from capsnet.errors import (
+from capsnet_core import config
+from capsnet_core.cnn import CNN
+from capsnet_core.errors import (
     DataFileError,
     NoCheckpoint,
     NoPretrainedWeights,
     PretrainedMismatch,
     UserError,
 )
-from capsnet.metadata import differences
-from capsnet.networks import CNNConfig
+from capsnet_core.metadata import differences
+from capsnet_core.networks import CNNConfig
 from commands.data import fingerprint
 from commands.weights import (
     appearance_of,

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from capsnet import config
-from capsnet.networks import CapsNetConfig
+from capsnet_core import config
+from capsnet_core.networks import CapsNetConfig
 
 
 def test_shifts_and_sizes_are_those_of_the_paper():

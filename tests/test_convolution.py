@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from oracles import CONVOLUTIONS, assert_close, convolved, normal, values_and_gradients
 
-from capsnet.convolution import Direct, Patches, Spectral, choose_algorithm
+from capsnet_core.convolution import Direct, Patches, Spectral, choose_algorithm
 
 
 @pytest.fixture

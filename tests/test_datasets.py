@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from inputs import datasets
 from inputs.readers.dataset import Dataset
 

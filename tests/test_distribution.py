@@ -19,8 +19,8 @@ import tensorflow as tf
 from engine import SCALARS, blobs, events, folders_in, same, state, trainer_in
 
 import training.evaluation
-from capsnet.config import TrainingConfig
-from capsnet.errors import UserError
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import UserError
 from inputs.datasets import load_dataset
 from inputs.pipeline import Plan, batches
 from model import CapsNet

@@ -12,7 +12,7 @@ from drawing import INK, LINE, lines_above, noise, pages_of, white_with
 from PIL import Image, ImageColor
 
 import ops
-from capsnet import config, errors
+from capsnet_core import config, errors
 from figures import examples, files, plots, tweaks
 from inputs import datasets
 from inputs.pipeline import Examples, batches

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from capsnet import errors
+from capsnet_core import errors
 
 # One error of each class, its message, and the attributes that the program adds its advice from.
 EXAMPLES = [

@@ -16,10 +16,10 @@ from experiment_lib import trial
 
 import model
 import ops
-from capsnet import errors
-from capsnet.config import TrainingConfig
-from capsnet.errors import Interrupted
-from capsnet.networks import CNN_LAYERS, Layers
+from capsnet_core import errors
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import Interrupted
+from capsnet_core.networks import CNN_LAYERS, Layers
 from figures import files, plots
 from inputs import datasets
 from inputs.pipeline import Examples

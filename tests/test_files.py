@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from figures import files
 
 

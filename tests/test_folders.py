@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from engine import Crash, folders_in
 
-from capsnet.errors import FolderInUse, FolderTaken
+from capsnet_core.errors import FolderInUse, FolderTaken
 from training.folders import archive_run, claim, run_lock
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsnet.errors import DataFileError, UserError
+from capsnet_core.errors import DataFileError, UserError
 from inputs import datasets
 from inputs.readers import idx
 

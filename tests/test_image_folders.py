@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsnet.errors import ImageSizesDiffer, UserError
+from capsnet_core.errors import ImageSizesDiffer, UserError
 from inputs import datasets
 from inputs.image_reader import read_image
 from inputs.readers import image_folders

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from inputs import image_reader
 from inputs.image_reader import read_image, read_images
 

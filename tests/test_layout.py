@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import modules of lower levels, never of its own or a higher one.
 LEVELS = [
-    {"capsnet", "download"},
+    {"capsnet_core", "download"},
     {"utils"},
     {"runtime", "ops"},
     {"networks as Keras models", "inputs", "figures"},
@@ -27,14 +27,14 @@ LEVELS = [
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 # Files of a folder that stand on another level than the rest of it.
 ABOVE = {
-    "capsnet/base.py": "networks as Keras models",
-    "capsnet/cnn.py": "networks as Keras models",
+    "capsnet_core/base.py": "networks as Keras models",
+    "capsnet_core/cnn.py": "networks as Keras models",
 }
 # A mode takes what another one needs too from the files that they share.
 MODES = {f"commands/{name}.py" for name in ("train", "evaluate", "pictures", "predict", "export")}
 # Besides, these import only what is listed here and their own files.
 ONLY = {
-    "training": {"capsnet", "utils", "runtime", "inputs"},
+    "training": {"capsnet_core", "utils", "runtime", "inputs"},
     "download": set(),
 }
 # Folders of scripts: a script imports its own folder and all modules except main and the tests, and
@@ -259,16 +259,16 @@ def test_each_test_file_is_about_a_module_or_a_folder_of_modules():
 # --- The checks themselves ------------------------------------------------------------------------
 
 MADE_UP = {
-    "capsnet/__init__.py": "",
-    "capsnet/errors.py": "class UserError(Exception): pass\n",
-    "capsnet/base.py": "import ops\nfrom capsnet.errors import UserError\n",
-    "capsnet/cnn.py": "import ops\nfrom capsnet.base import Network\n",
-    "utils.py": "import os\nfrom capsnet.errors import UserError\n",
-    "ops.py": "import utils\nfrom capsnet import errors\n",
-    "model.py": "import ops\nfrom capsnet import base, cnn\n",
+    "capsnet_core/__init__.py": "",
+    "capsnet_core/errors.py": "class UserError(Exception): pass\n",
+    "capsnet_core/base.py": "import ops\nfrom capsnet_core.errors import UserError\n",
+    "capsnet_core/cnn.py": "import ops\nfrom capsnet_core.base import Network\n",
+    "utils.py": "import os\nfrom capsnet_core.errors import UserError\n",
+    "ops.py": "import utils\nfrom capsnet_core import errors\n",
+    "model.py": "import ops\nfrom capsnet_core import base, cnn\n",
     "training/__init__.py": "",
     "training/events.py": "import utils\n",
-    "training/trainer.py": "from training.events import EventLog\nfrom capsnet import errors\n",
+    "training/trainer.py": "from training.events import EventLog\nfrom capsnet_core import errors\n",
     "commands/data.py": "import utils\n",
     "commands/predict.py": "from commands import data\n",
     "commands/train.py": "import model\nfrom training import trainer\nimport commands.data\n",
@@ -288,13 +288,13 @@ def test_allowed_imports_are_no_complaint():
 @pytest.mark.parametrize(
     "path, source, imported",
     [
-        ("capsnet/errors.py", "import utils", "utils.py"),
-        ("capsnet/errors.py", "import ops", "ops.py"),
-        ("capsnet/errors.py", "from capsnet import base", "capsnet/base.py"),
-        ("capsnet/base.py", "import model", "model.py"),
-        ("ops.py", "from capsnet.base import Network", "capsnet/base.py"),
-        ("utils.py", "import capsnet.cnn", "capsnet/cnn.py"),
-        ("training/events.py", "from capsnet import cnn", "capsnet/cnn.py"),
+        ("capsnet_core/errors.py", "import utils", "utils.py"),
+        ("capsnet_core/errors.py", "import ops", "ops.py"),
+        ("capsnet_core/errors.py", "from capsnet_core import base", "capsnet_core/base.py"),
+        ("capsnet_core/base.py", "import model", "model.py"),
+        ("ops.py", "from capsnet_core.base import Network", "capsnet_core/base.py"),
+        ("utils.py", "import capsnet_core.cnn", "capsnet_core/cnn.py"),
+        ("training/events.py", "from capsnet_core import cnn", "capsnet_core/cnn.py"),
         ("commands/predict.py", "from commands.train import fit", "commands/train.py"),
         ("utils.py", "def f():\n    import model", "model.py"),
         ("utils.py", "try:\n    from training import events\nexcept ImportError: pass",

@@ -39,7 +39,7 @@ import main
 import model
 import training.distribution
 import utils
-from capsnet import errors
+from capsnet_core import errors
 from commands.devices import Devices
 from inputs import datasets
 from runtime import command_line, machine, messages, startup

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsnet import config, metadata
-from capsnet.networks import CapsNetConfig, CNNConfig, config_from
+from capsnet_core import config, metadata
+from capsnet_core.networks import CapsNetConfig, CNNConfig, config_from
 from training.checkpoints import read_metadata
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"

@@ -22,10 +22,10 @@ from oracles import (
 
 import model
 import ops
-from capsnet.cnn import CNN
-from capsnet.convolution import Direct, Patches, Spectral
-from capsnet.errors import ImageTooSmall
-from capsnet.networks import CapsNetConfig, CNNConfig
+from capsnet_core.cnn import CNN
+from capsnet_core.convolution import Direct, Patches, Spectral
+from capsnet_core.errors import ImageTooSmall
+from capsnet_core.networks import CapsNetConfig, CNNConfig
 from model import CapsNet
 
 OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"

@@ -6,10 +6,17 @@ import json
 import pytest
 
 import main
-from capsnet.cnn import CNN
-from capsnet.config import TrainingConfig
-from capsnet.errors import ImageTooSmall
-from capsnet.networks import CNN_LAYERS, NETWORKS, CapsNetConfig, CNNConfig, Layers, config_from
+from capsnet_core.cnn import CNN
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import ImageTooSmall
+from capsnet_core.networks import (
+    CNN_LAYERS,
+    NETWORKS,
+    CapsNetConfig,
+    CNNConfig,
+    Layers,
+    config_from,
+)
 from model import CLASSES, CapsNet
 
 # Every field of every config, with another value than the default.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from inputs import datasets
 
 DATA = Path(__file__).parent.parent / "data"

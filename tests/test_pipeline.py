@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 import ops
-from capsnet import config
-from capsnet.errors import UserError
+from capsnet_core import config
+from capsnet_core.errors import UserError
 from inputs import pipeline
 from inputs.pipeline import (
     Examples,

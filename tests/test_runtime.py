@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from capsnet import errors
+from capsnet_core import errors
 from runtime import machine, messages, startup, terminal
 from training.progress import Progress
 

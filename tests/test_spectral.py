@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import CONVOLUTIONS, assert_close, convolved
 
-from capsnet import spectral
+from capsnet_core import spectral
 
 
 @pytest.fixture

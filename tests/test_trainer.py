@@ -29,8 +29,8 @@ from engine import (
     trainer_in,
 )
 
-from capsnet.config import TrainingConfig
-from capsnet.errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
+from capsnet_core.config import TrainingConfig
+from capsnet_core.errors import FolderInUse, FolderTaken, NotFinite, RunMismatch
 from inputs import datasets
 from inputs.pipeline import Examples, batches
 from model import CapsNet

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import utils
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -13,8 +13,14 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from capsnet.errors import DamagedCheckpoints, NetworkMismatch, NoCheckpoint, UserError, os_advice
-from capsnet.metadata import complete, differences
+from capsnet_core.errors import (
+    DamagedCheckpoints,
+    NetworkMismatch,
+    NoCheckpoint,
+    UserError,
+    os_advice,
+)
+from capsnet_core.metadata import complete, differences
 from runtime.messages import reason
 from training.step import OPTIMIZER_NAME
 

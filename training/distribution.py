@@ -6,7 +6,7 @@ import os
 
 import tensorflow as tf
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 
 
 def choose_strategy(name, waiting=None):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from filelock import lock_descriptor
 
-from capsnet.errors import FolderInUse, FolderTaken
+from capsnet_core.errors import FolderInUse, FolderTaken
 
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # for names of any bytes
 

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 
-from capsnet.errors import Interrupted
+from capsnet_core.errors import Interrupted
 
 # What a user, a closing terminal and a batch system such as Slurm send.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")

@@ -3,7 +3,7 @@
 import json
 import zlib
 
-from capsnet.errors import NetworkMismatch, RunMismatch, UserError
+from capsnet_core.errors import NetworkMismatch, RunMismatch, UserError
 from training.checkpoints import DAMAGE, saved_steps
 from training.distribution import all_equal, barrier, is_chief, sum_over_workers
 from training.folders import archive_run

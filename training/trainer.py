@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from capsnet.errors import NotFinite
-from capsnet.metadata import complete
+from capsnet_core.errors import NotFinite
+from capsnet_core.metadata import complete
 from inputs.pipeline import batches
 from training.callbacks import Validation
 from training.checkpoints import Checkpoints, RunState, saved_steps

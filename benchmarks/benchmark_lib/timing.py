@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from capsnet import config
+from capsnet_core import config
 from inputs import datasets
 from runtime import machine, startup
 from runtime.command_line import MOST, Flag, number

@@ -11,8 +11,8 @@ import numpy as np
 
 import model
 import utils
-from capsnet import errors
-from capsnet.config import SAVE_STEPS
+from capsnet_core import errors
+from capsnet_core.config import SAVE_STEPS
 from inputs.pipeline import Examples, Plan
 from runtime import machine, terminal
 from training.callbacks import Printing
@@ -53,7 +53,7 @@ def make_network(image_shape, architecture=None, **settings):
 
     Args:
         image_shape: (H, W, C).
-        architecture: see `capsnet.networks.CNNConfig`; None for a CapsNet.
+        architecture: see `capsnet_core.networks.CNNConfig`; None for a CapsNet.
         **settings: other settings of the network.
     """
     conv = machine.fastest_conv()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from capsnet import config
-from capsnet.errors import DataFileError
+from capsnet_core import config
+from capsnet_core.errors import DataFileError
 from inputs.readers.dataset import Dataset
 
 _MAX_IDX_BYTES = 2**30  # 20 times MNIST's training images

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from capsnet.errors import ImageSizesDiffer, UserError
+from capsnet_core.errors import ImageSizesDiffer, UserError
 from inputs.image_reader import read_images
 from inputs.readers.dataset import Dataset, draw_by_class
 from utils import fit_image, printable, random_stream

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from capsnet.errors import UserError
+from capsnet_core.errors import UserError
 from inputs.levels import NAMED_WHITES, may_be_dark, scaled_to_bytes, white_of
 from inputs.readers.dataset import Dataset
 from inputs.readers.image_folders import natural_key

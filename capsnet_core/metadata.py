@@ -8,8 +8,8 @@ training images look.
 import dataclasses
 import json
 
-from capsnet.config import CLASS_NAMES, MULTI_SHIFT
-from capsnet.networks import NETWORKS
+from capsnet_core.config import CLASS_NAMES, MULTI_SHIFT
+from capsnet_core.networks import NETWORKS
 
 # Settings of a training run that older versions named only where they mattered.
 _TRAINING = {

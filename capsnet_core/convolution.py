@@ -13,7 +13,7 @@ Shapes: B images (B, H, W, C), kernel (kh, kw, C, O), outputs (B, rows, columns,
 
 import tensorflow as tf
 
-from capsnet.spectral import (
+from capsnet_core.spectral import (
     conv_plan,
     image_spectrum,
     kernel_spectrum,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from capsnet.config import INITIALIZATION, INITIALIZATIONS
+from capsnet_core.config import INITIALIZATION, INITIALIZATIONS
 
 
 class Network(keras.Model):
@@ -24,10 +24,10 @@ class Network(keras.Model):
         ValueError: the value of a setting is none that it may have.
 
     Attributes:
-        config: see `capsnet.networks`.
+        config: see `capsnet_core.networks`.
     """
 
-    config_class = None  # one of `capsnet.networks`
+    config_class = None  # one of `capsnet_core.networks`
     inference_class = None  # its Inference
 
     def __init__(

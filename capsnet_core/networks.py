@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import ClassVar, NamedTuple
 
-from capsnet.errors import ImageTooSmall
+from capsnet_core.errors import ImageTooSmall
 
 
 def setting(default, bounds, text):

@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 import ops
-from capsnet.base import Inference, Network
-from capsnet.networks import CNNConfig
+from capsnet_core.base import Inference, Network
+from capsnet_core.networks import CNNConfig
 
 
 class Outputs(NamedTuple):
