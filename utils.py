@@ -101,13 +101,8 @@ def markdown_table(header, rows):
 def random_stream(seed, epoch, purpose):
     """Create a generator of random numbers that depends on (seed, epoch, purpose) alone.
 
-    Args:
-        seed: integer from 0, of any size.
-        epoch: integer from 0, of any size.
-        purpose: what the numbers are for, in a word.
-
-    Raises:
-        UserError: the seed is negative.
+    Both numbers are integers of any size from 0; the purpose says in a word what the numbers are
+    for. Raise UserError if the seed is negative.
     """
     if seed < 0:
         raise UserError(f"the seed is {seed}, expected 0 or more; choose another one")

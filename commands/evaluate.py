@@ -113,15 +113,6 @@ def scores_per_class(evaluation, class_names):
     }
 
 
-def confusion(evaluation, class_names):
-    """Return how often each class (row) was predicted as each (column); {} for pairs."""
-    if evaluation.labels.shape[1] > 1:
-        return {}  # which label of a pair belongs to which prediction is undefined
-    labels, predictions = evaluation.labels[:, 0], evaluation.predictions[:, 0]
-    matrix = confusion_matrix(labels, predictions, len(class_names))
-    return {"confusion": matrix.tolist()}
-
-
 def predictions_table(data, plan, evaluation, score, test_files=None):
     """Return the header and the rows of predictions.csv.
 
@@ -156,7 +147,7 @@ def make_result(weights, evaluation, class_names):
     wrong, images = int(np.sum(~evaluation.correct)), len(evaluation.correct)
     known = {name: weights.training.get(name) for name in TrainingConfig._fields}
     training = TrainingConfig(**{name: value for name, value in known.items() if value is not None})
-    return {
+    result = {
         "accuracy": evaluation.accuracy,
         "error_percent": 100 * wrong / images,
         "wrong": wrong,
@@ -165,8 +156,12 @@ def make_result(weights, evaluation, class_names):
         **{f"{name}_loss": loss for name, loss in evaluation.losses.items()},
         "total_loss": training.total_loss(evaluation.losses),
         **scores_per_class(evaluation, class_names),
-        **confusion(evaluation, class_names),
     }
+    labels, predictions = evaluation.labels, evaluation.predictions
+    if labels.shape[1] == 1:  # which label of a pair belongs to which prediction is undefined
+        matrix = confusion_matrix(labels[:, 0], predictions[:, 0], len(class_names))
+        result["confusion"] = matrix.tolist()
+    return result
 
 
 def print_result(result, evaluation, overlap):

@@ -105,15 +105,9 @@ def in_words(best, per_example):
 
 
 def read_pictures(paths, shape, appearance):
-    """Read image files, and make them look like training images of an Appearance.
+    """Read image files and make them look like the training images: return Readings of Pictures.
 
-    Args:
-        paths: paths of the files.
-        shape: (H, W, C) of the network's images.
-        appearance: Appearance.
-
-    Returns:
-        Readings of Pictures.
+    `shape` is (H, W, C) of the network's images, `appearance` that of the training images.
     """
     if shape[-1] not in (1, 3):
         raise UserError(
@@ -139,13 +133,7 @@ def read_pictures(paths, shape, appearance):
 def fit(image, shape, appearance):
     """Make an image fit as a whole, and do to it what was done to the training images.
 
-    Args:
-        image: uint8 (h, w, 1 or 3).
-        shape: (H, W, C) of the result.
-        appearance: Appearance of the training images.
-
-    Returns:
-        uint8 (H, W, C), and in words what was done.
+    uint8 (h, w, 1 or 3) -> uint8 (H, W, C), the `shape`, and in words what was done.
     """
     inverted = appearance.inverted
     if appearance.background is not None:
@@ -158,17 +146,12 @@ def fit(image, shape, appearance):
 
 
 def place_ink(image, style, shape):
-    """Take the ink of an image off its paper, and place it as the training images have it.
+    """Take the ink of an image off its paper, and place it in an InkStyle.
 
     An image that has its ink there already is left as it is, or only inverted.
 
-    Args:
-        image: uint8 (h, w, 1 or 3).
-        style: ink.InkStyle of the training images.
-        shape: (H, W, 1) of the result.
-
     Returns:
-        uint8 (H, W, 1), and in words what was done; (None, None) if there is no ink.
+        uint8 (H, W, 1), the `shape`, and in words what was done; (None, None) if there is no ink.
     """
     if image.shape == tuple(shape):
         for alike, done in (image, "unchanged"), (255 - image, "inverted"):

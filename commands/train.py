@@ -165,14 +165,12 @@ def make_trainer(flags, config, devices, data, report):
     network = build_network(config, flags.seed, devices, flags.initialization, frozen(flags))
     if flags.initial_weights:
         start_with_weights(flags, network, data, report)
-    names = TrainingConfig._fields
-    appearance = data.appearance()
-    metadata = run_metadata(flags, network, data)
+    description = {KEY: data.appearance().to_metadata()}
     return Trainer(
         network,
         data.train,
-        TrainingConfig(**{name: getattr(flags, name) for name in names}),
-        Run(run_folders(flags), metadata, {KEY: appearance.to_metadata()}),
+        TrainingConfig(**{name: getattr(flags, name) for name in TrainingConfig._fields}),
+        Run(run_folders(flags), run_metadata(flags, network, data), description),
         data.validation,
         Device(devices.strategy, devices.jit),
     )

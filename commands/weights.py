@@ -80,14 +80,9 @@ def load(flags, devices):
 
 
 def build_network(config, seed, devices, initialization=None, freeze=()):
-    """Build a network; its first weights depend on the seed alone.
+    """Build a network of a config; its first weights depend on the seed alone.
 
-    Args:
-        config: one of `capsnet_core.networks`.
-        seed: of the first weights.
-        devices: Devices.
-        initialization: see `capsnet_core.base.Network`; None if other weights follow.
-        freeze: see `freeze_parts`.
+    `initialization` is None if other weights follow; for `freeze` see `freeze_parts`.
     """
     options = {"conv": devices.conv, "dtype": devices.precision}
     if initialization:
@@ -282,12 +277,8 @@ def start_with(network, class_names, folder):
     With the same images and classes all weights are kept. Else the layers below the classes are
     kept, and of the classes those whose names occur in both.
 
-    Returns:
-        The metadata of the weights, and in words what was kept.
-
-    Raises:
-        PretrainedMismatch: they belong to a network of other layers.
-        UserError: they are missing or damaged.
+    Return the metadata of the weights, and in words what was kept. Raise PretrainedMismatch if they
+    belong to a network of other layers, UserError if they are missing or damaged.
     """
     metadata, values = read_exported(folder)
     earlier = config_of(metadata, folder)

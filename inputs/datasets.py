@@ -86,7 +86,8 @@ def _fit_all(dataset, image_size):
     before = dataset.x_train.shape[1:3]
     if image_size is None or before == tuple(image_size):
         return dataset
-    note = f"images resized from {_size_text(before)} to {_size_text(image_size)} pixels"
+    (old_height, old_width), (height, width) = before, image_size
+    note = f"images resized from {old_height}x{old_width} to {height}x{width} pixels"
     return dataset.map_images(lambda images: _resized(images, image_size)).with_note(note)
 
 
@@ -199,8 +200,3 @@ def _class_means(images, labels, numbers):
     means = np.stack([evenly(images[labels == number])[..., 0].mean(axis=0) for number in numbers])
     means -= means.mean(axis=(1, 2), keepdims=True)
     return means / np.maximum(np.linalg.norm(means, axis=(1, 2), keepdims=True), 1e-9)
-
-
-def _size_text(size):
-    """Return a size (H, W) as it is given on the command line."""
-    return f"{size[0]}x{size[1]}"

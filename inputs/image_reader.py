@@ -38,16 +38,15 @@ class Readings(NamedTuple):
 
 
 def read_images(paths, use, white=None):
-    """Read image files. Those of more than 8 bits are read twice: white is found in all of them.
+    """Return Readings of image files.
+
+    Those of more than 8 bits are read twice: what is white is found in all of them.
 
     Args:
         paths: paths of the files.
         use: function of a path and its image, uint8 (H, W, 1 or 3); returns what to keep of it, or
             raises UserError.
         white: what stands for white in files of more than 8 bits, if they do not exceed it.
-
-    Returns:
-        Readings.
     """
     results, errors, deep, largest, brightest, more = {}, [], [], 0, 0, 0
     for path in paths:

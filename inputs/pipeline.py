@@ -66,16 +66,8 @@ class Examples(NamedTuple):
     def training_plan(self, seed, epoch):
         """Plan an epoch: each image once, shuffled, a pure function of the seed and the epoch.
 
-        Each image is shifted by -max_shift..max_shift pixels along each axis. For overlapping
-        images each gets a partner, drawn in each epoch from the images of all other classes
-        (section 6.1).
-
-        Args:
-            seed: integer from 0.
-            epoch: integer from 0.
-
-        Returns:
-            Plan.
+        Each image is shifted by -max_shift..max_shift pixels along each axis. For overlap, each
+        gets a partner, drawn in each epoch from the images of all other classes (section 6.1).
 
         Raises:
             UserError: there are fewer than two classes to make pairs of, or a negative seed.
@@ -93,10 +85,7 @@ class Examples(NamedTuple):
         """Plan an evaluation: all images in order and unshifted, or overlapping pairs.
 
         Pairs and shifts do not depend on the user's seed, so runs can be compared. Each image comes
-        first in `pairs_per_image` pairs (1,000 in the paper).
-
-        Returns:
-            Plan of n or n * pairs_per_image examples.
+        first in `pairs_per_image` pairs (1,000 in the paper); the first pairs of all come first.
 
         Raises:
             UserError: there are fewer than two classes to make pairs of.
@@ -104,7 +93,6 @@ class Examples(NamedTuple):
         index = np.arange(len(self.labels), dtype=np.int32)[:, None]
         if not self.overlap:
             return Plan(index, np.zeros((*index.shape, 2), np.int32))
-        # All images once, then again: so the first n pairs are the same however many follow.
         index = np.tile(index, (pairs_per_image, 1))
         stream = random_stream(0, 0, "evaluation partner")
         partners = _draw_partners(self.labels, index[:, 0], stream)
@@ -116,11 +104,8 @@ class Examples(NamedTuple):
 def split_validation(n, seed):
     """Hold out a sixth (n // 6) of n training images, chosen by the seed.
 
-    Returns:
-        The indices to train on and those to validate with, both sorted, int64.
-
-    Raises:
-        UserError: there are fewer than 6 images.
+    Return the indices to train on and those to validate with, both sorted, int64. Raise UserError
+    if there are fewer than 6 images.
     """
     if n < 6:
         raise UserError(f"{n} training images, expected at least 6 to hold out a sixth; use more")

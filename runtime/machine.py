@@ -37,22 +37,24 @@ def multiplies_bfloat16():
     return has_gpu() or bool(bfloat16_units())
 
 
+def _cpuinfo(entry):
+    """Return an entry of the first processor in Linux's /proc/cpuinfo, or ""."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        if found := re.search(rf"^{entry}\s*:(.*)$", text, re.MULTILINE):
+            return found[1].strip()
+    return ""
+
+
 def processor():
     """Return the name of the processor."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
-    return name
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def bfloat16_units():
     """Return the names of the processor's units that multiply bfloat16; none outside Linux."""
-    with contextlib.suppress(OSError):
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        words = flags[1].split() if flags else ()
-        return [name for flag, name in BFLOAT16_UNITS.items() if flag in words]
-    return []
+    words = _cpuinfo("flags").split()
+    return [name for flag, name in BFLOAT16_UNITS.items() if flag in words]
 
 
 def describe_machine():

@@ -24,7 +24,6 @@ from story import (
 import main
 from capsnet_core.metadata import complete_training
 from commands.evaluate import (
-    confusion,
     digits_right,
     make_result,
     predictions_table,
@@ -117,10 +116,10 @@ def test_scores_of_classes_are_those_counted_example_by_example(digits):
         assert f1[name] == pytest.approx(mean)
 
 
-def test_the_confusion_counts_are_for_single_digits_with_the_true_classes_down():
-    rows = confusion(SINGLE, CLASSES)["confusion"]
+def test_the_confusion_counts_are_for_single_digits_with_the_true_classes_down(weights):
+    rows = make_result(weights, SINGLE, CLASSES)["confusion"]
     assert rows == [[0, 0, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert confusion(PAIRS, CLASSES) == {}
+    assert "confusion" not in make_result(weights, PAIRS, CLASSES)
 
 
 def test_the_table_of_predictions_has_a_row_for_each_image_or_for_its_first_pair():

@@ -72,12 +72,12 @@ def test_the_reconstructions_come_from_the_labels_and_from_the_longest_capsules(
     (images,) = drawn["out/recon_samples_without_label_arrange.png"]
     np.testing.assert_allclose(images, without_label_grid, atol=1e-4)
 
-    images, first, second, shown_labels, predictions, names = drawn["out/reconstruction.png"]
-    np.testing.assert_allclose(images, canvas, atol=1e-6)
-    np.testing.assert_allclose(first, with_label, atol=1e-4)
-    np.testing.assert_allclose(second, without_label, atol=1e-4)
+    outputs, shown_labels, names = drawn["out/reconstruction.png"]
+    np.testing.assert_allclose(outputs.canvas, canvas, atol=1e-6)
+    np.testing.assert_allclose(outputs.with_label, with_label, atol=1e-4)
+    np.testing.assert_allclose(outputs.without_label, without_label, atol=1e-4)
     np.testing.assert_array_equal(shown_labels, labels)
-    np.testing.assert_array_equal(predictions, longest)
+    np.testing.assert_array_equal(outputs.predictions, longest)
     assert names == few.class_names and len(drawn) == 4
 
     ((logs, step, tag, page),) = shown

@@ -247,13 +247,7 @@ def _shapes(variables, group=""):
 
 
 def restore(variables, folder, step, checkpoint=None):
-    """Restore variables from a checkpoint.
-
-    Args:
-        variables: as in `check_shapes`.
-        folder: folder of the checkpoints.
-        step: step of the checkpoint.
-        checkpoint: tf.train.Checkpoint of the variables, if there is one.
+    """Restore variables (as in `check_shapes`), those of a tf.train.Checkpoint if there is one.
 
     Raises:
         NetworkMismatch: a variable is missing or has another shape. Nothing was restored.
@@ -311,12 +305,8 @@ def newest_metadata(folder):
 def load_weights(network, folder, report):
     """Restore the weights of the newest intact checkpoint of a folder, and return its metadata.
 
-    If the training run kept averages of the weights, the network gets these.
-
-    Raises:
-        NoCheckpoint: there is none.
-        DamagedCheckpoints: all are damaged.
-        NetworkMismatch: it belongs to another network.
+    If the training run kept averages of the weights, the network gets these. Raise NoCheckpoint or
+    DamagedCheckpoints if there is none, NetworkMismatch if it belongs to another network.
     """
 
     def read(step):

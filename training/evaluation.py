@@ -63,12 +63,9 @@ class Evaluator:
         self._forward = forward
 
     def evaluate(self, data, plan, on_batch=None):
-        """Return the Evaluation of all examples of a plan.
+        """Return the Evaluation of all examples of a plan for the data, Examples.
 
-        Args:
-            data: Examples.
-            plan: Plan for this data.
-            on_batch: called after each batch with the number of examples done.
+        `on_batch` is called after each batch with the number of examples done.
         """
         n, prepared = len(plan.index), self._prepare()
         size, parts = min(BATCH_SIZE, n), []

@@ -15,12 +15,9 @@ IMPATIENT = (signal.SIGINT, signal.SIGTERM)
 class StopSignal:
     """Context manager that notes a signal to stop; a second Ctrl-C or SIGTERM acts at once.
 
-    A signal that is ignored, as under nohup, stays ignored.
-    Leaving it without an exception raises Interrupted if a signal came when there was no step left
-    that could have noticed it.
-
-    Attributes:
-        number: number of the signal, None until one comes.
+    A signal that is ignored, as under nohup, stays ignored. Leaving it without an exception raises
+    Interrupted if a signal came when there was no step left that could have noticed it. `number` is
+    that of the signal, None until one comes.
     """
 
     def __init__(self):

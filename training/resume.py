@@ -21,14 +21,8 @@ def check_agreement(strategy, settings):
 def resume(checkpoints, folders, metadata, strategy, restart, report):
     """Restore the newest intact checkpoint of a run; the chief decides which that is.
 
-    Args:
-        checkpoints: Checkpoints of the run.
-        folders: Folders, which are archived if they hold a finished run of other settings.
-        metadata: dict; what a resumed run must share with its beginning is in it under "shape" and
-            "training".
-        strategy: tf.distribute.Strategy of the workers.
-        restart: archive an earlier run instead of resuming it.
-        report: takes a line of text for the user.
+    A finished run of other settings is archived, and with `restart` any earlier one. What a resumed
+    run must share with its beginning is in the metadata, under "shape" and "training".
 
     Returns:
         RunState, or None if training starts at step 0. Raise as `Trainer.fit`.

@@ -42,16 +42,10 @@ def learning_rate(config, step):
 
 
 def compile_step(network, optimizer, config, strategy, jit):
-    """Compile a training step.
+    """Compile a training step, with XLA if `jit`.
 
-    The weights of a batch make its losses means over the whole batch, wherever its parts are.
-
-    Args:
-        network: `training.network.Network`.
-        optimizer: optimizer from `make_optimizer`.
-        config: TrainingConfig.
-        strategy: tf.distribute.Strategy in whose scope both were created.
-        jit: whether XLA compiles the step.
+    Network and optimizer were created in the scope of the strategy. The weights of a batch make its
+    losses means over the whole batch, wherever its parts are.
 
     Returns:
         A function of a batch -> the means of the loss terms, and the share of correct examples.
