@@ -268,7 +268,7 @@ MADE_UP = {
     "model.py": "import ops\nfrom capsnet_core import base, cnn\n",
     "training/__init__.py": "",
     "training/events.py": "import utils\n",
-    "training/trainer.py": "from training.events import EventLog\nfrom capsnet_core import errors\n",
+    "training/trainer.py": "from training import events\nfrom capsnet_core import errors\n",
     "commands/data.py": "import utils\n",
     "commands/predict.py": "from commands import data\n",
     "commands/train.py": "import model\nfrom training import trainer\nimport commands.data\n",
