@@ -72,7 +72,10 @@ def load(flags, devices):
     metadata = exported_metadata(folder) if flags.pretrained else newest_metadata(folder)
     config = config_of(metadata, folder)
     refuse_contradictions(flags, config, folder)
-    network = build_network(config, flags.seed, devices, freeze=metadata["training"]["freeze"])
+    training = metadata["training"]
+    network = build_network(
+        config, flags.seed, devices, training["initialization"], training["freeze"]
+    )
     if flags.pretrained:
         load_exported(network, folder)
     else:
