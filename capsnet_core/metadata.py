@@ -54,15 +54,20 @@ def complete_training(training):
     """Return the settings of a training run with those that older versions left out."""
     training = _TRAINING | training
     training.setdefault("multi_shift", MULTI_SHIFT if training["multi_MNIST"] else None)
-    training.setdefault("class_names", CLASS_NAMES.get(training.get("dataset")))
+    names = CLASS_NAMES.get(training.get("dataset"))
+    training.setdefault("class_names", names and list(names))  # as in a file
     return training
 
 
 def differences(old, new):
-    """Name the entries in which two dicts differ, most with both values; "" if there are none."""
+    """Name the entries in which two dicts differ, most with both values; "" if there are none.
+
+    Of different kinds of network only the kind is named: all their settings are different ones.
+    """
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    kinds_differ = old.get("network") != new.get("network")
     return ", ".join(
         _FINGERPRINTS.get(name) or f"{name} is {old.get(name)} there and {new.get(name)} here"
-        for name in sorted(old | new)
+        for name in (["network"] if kinds_differ else sorted(old | new))
         if old.get(name) != new.get(name)
     )

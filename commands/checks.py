@@ -108,8 +108,8 @@ def check_network(values):
     needing = [mode for mode in capsules if getattr(values, mode)]
     if values["reconstruction_weight"].present:
         needing.append("reconstruction_weight")
-    if values.network == "cnn" and needing:
-        raise UsageError(f"--{needing[0]} needs capsules, and --network=cnn has none")
+    if values.network != "capsnet" and needing:
+        raise UsageError(f"--{needing[0]} needs capsules, and --network={values.network} has none")
 
 
 def check_combinations(values):

@@ -177,8 +177,8 @@ def make_trainer(flags, config, devices, data, report):
 
 
 def frozen(flags):
-    """Return the names of the parts of the network that training leaves as they are."""
-    return flags.freeze.split(",") if flags.freeze else []
+    """Return the names of the parts of the network that training leaves as they are, sorted."""
+    return sorted(set(flags.freeze.split(","))) if flags.freeze else []
 
 
 def start_with_weights(flags, network, data, report):

@@ -66,7 +66,10 @@ def load(flags, devices):
         metadata = newest_metadata(folder)
     config = config_of(metadata, folder)
     refuse_contradictions(flags, config, folder)
-    network = build_network(config, flags.seed, devices, freeze=metadata["training"]["freeze"])
+    training = metadata["training"]
+    network = build_network(
+        config, flags.seed, devices, training["initialization"], training["freeze"]
+    )
     if flags.pretrained:
         assign(network.variables, values, folder)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from capsnet_core.config import CLASS_NAMES
-from capsnet_core.errors import UserError
+from capsnet_core.errors import DataFileError, UserError
 from inputs.readers.dataset import draw_by_class
 from inputs.readers.idx import read_idx_files, read_idx_pair
 from inputs.readers.image_folders import read_folders
@@ -175,14 +175,20 @@ def note_if_transposed(dataset):
     """Note it if the digits of a Dataset look transposed, as EMNIST's files store them.
 
     They do if the mean images of most digits, transposed, are likest MNIST's of the same digits.
+    Nothing is noted if a digit has no training images, or MNIST's test images cannot be read.
     """
-    digits, folder = CLASS_NAMES["mnist"], ROOT / "data" / "mnist"
-    known = set(digits) <= set(dataset.class_names) and dataset.x_train.shape[1:] == (28, 28, 1)
-    if not known or not folder.is_dir():
+    digits = CLASS_NAMES["mnist"]
+    if not set(digits) <= set(dataset.class_names) or dataset.x_train.shape[1:] != (28, 28, 1):
         return dataset
     numbers = [dataset.class_names.index(digit) for digit in digits]
+    if not np.isin(numbers, dataset.y_train).all():
+        return dataset
+    try:
+        known = read_idx_pair(ROOT / "data" / "mnist", "t10k", "mnist")
+    except (DataFileError, OSError):
+        return dataset
     means = _class_means(dataset.x_train, dataset.y_train, numbers)
-    expected = _class_means(*read_idx_pair(folder, "t10k", "mnist"), range(len(digits)))
+    expected = _class_means(*known, range(len(digits)))
     upright, transposed = (
         np.count_nonzero(np.tensordot(these, expected, ([1, 2], [1, 2])).argmax(1) == range(10))
         for these in (means, means.swapaxes(1, 2))

@@ -73,7 +73,7 @@ def gpu_names():
 
 
 def describe_device():
-    """Tell what a training runs on, and if there is a GPU that TensorFlow does not see."""
+    """Return what computes, and whether TensorFlow does not see a GPU of this machine."""
     if gpus := gpu_names():
         return f"Runs on {', '.join(gpus)}"
     unused = ""

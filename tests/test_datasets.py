@@ -323,6 +323,19 @@ def test_clothes_upright_or_not_are_not_taken_for_transposed_digits():
         assert not is_noted(turned, labels)
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_noted_if_digits_cannot_be_compared(digits, tmp_path, monkeypatch):
+    turned, labels = digits[0].swapaxes(1, 2), digits[1]
+    assert not is_noted(turned[labels < 9], labels[labels < 9])  # no image of a 9
+    assert is_noted(turned, labels)
+    monkeypatch.setattr(datasets, "ROOT", tmp_path)
+    assert not is_noted(turned, labels)  # MNIST is not there
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    assert not is_noted(turned, labels)  # nor its files
+    (tmp_path / "data" / "mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    assert not is_noted(turned, labels)
+
+
 def test_transposed_digits_are_noticed_when_a_file_is_loaded(tmp_path, digits):
     images, labels = digits
     for turned, transposed in (images, False), (images.swapaxes(1, 2), True):

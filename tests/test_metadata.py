@@ -146,3 +146,9 @@ def test_differences_name_each_entry_with_both_values_in_alphabetical_order():
         "here, more is None there and 0 here"
     )
     assert metadata.differences(old, dict(old)) == ""
+
+
+def test_of_different_kinds_of_network_only_the_kind_is_named():
+    old, new = CapsNetConfig((28, 28, 1), 10).describe(), CNNConfig((28, 28, 1), 2).describe()
+    different = metadata.differences(old | {"seed": 0}, new | {"seed": 1})
+    assert different == "network is capsnet there and cnn here"

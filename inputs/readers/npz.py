@@ -60,7 +60,7 @@ def _load_arrays(path):
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]}; {expected}") from None
     except NPZ_ERRORS as error:
-        if "allow_pickle" in str(error):
+        if "Object arrays" in str(error):
             expected += ", and text as numpy.array(labels, str)"
         raise UserError(f"{path} cannot be read ({error}); {expected}") from None
     return arrays, [f"left out: {', '.join(others)}"] if others else []
