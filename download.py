@@ -41,7 +41,7 @@ class Source(NamedTuple):
     """Where the files of a data set can be found, and what they contain."""
 
     mirrors: tuple  # addresses of folders
-    sha256: dict  # name of a file -> SHA-256 of what it decompresses to: mirrors may compress anew
+    sha256: dict  # name of a file -> SHA-256 of its decompressed contents, equal on all mirrors
     unpack: bool = True  # False: SHA-256 of the .gz files themselves
 
 

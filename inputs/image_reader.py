@@ -136,7 +136,7 @@ def _turned_upright(file):
         exif = file.getexif()
         for tag in set(exif) - {ExifTags.Base.Orientation}:
             del exif[tag]
-    for key in "exif", "Raw profile type exif":  # else they would be written anew
+    for key in "exif", "Raw profile type exif":  # else Pillow would write them again
         file.info.pop(key, None)
     file.load()
     with contextlib.suppress(Exception):
